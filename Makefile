@@ -1,0 +1,58 @@
+# illume-lightning. `make help` lists what can be run.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := runs
+DATA := data
+MARK := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(MARK): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(MARK)
+
+.PHONY: setup
+setup: $(MARK) ## Make the virtual environment with the tested versions
+
+.PHONY: demo
+demo: setup ## Prepare shapes and photographs, then train DualViTok through all its phases (about 15 minutes on 2 cores)
+	$(BIN)/illume prepare shapes $(DATA)/shapes
+	$(BIN)/illume prepare photographs $(DATA)/photographs
+	$(BIN)/illume fit -c experiments/shapes/vision_encoder.yaml
+	$(BIN)/illume fit -c experiments/shapes/dualvitok.yaml
+
+.PHONY: emoji
+emoji: setup ## The same on Fluent Emoji 3D (fetched with npm)
+	$(BIN)/illume prepare emoji $(DATA)/emoji
+	$(BIN)/illume fit -c experiments/emoji/vision_encoder.yaml
+	$(BIN)/illume fit -c experiments/emoji/dualvitok.yaml
+
+.PHONY: test
+test: setup ## Run the tests (under 12 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: test-slow
+test-slow: setup ## Run the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+.PHONY: check
+check: setup ## Lint, format check and type check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: benchmark
+benchmark: setup ## Measure quantiser, training step and loader; results go to benchmarks/results
+	$(BIN)/python -m benchmarks.simvq
+	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python -m benchmarks.loader
+
+.PHONY: clean
+clean: ## Remove the virtual environment and caches; data and runs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""The paper's models in pure torch; nothing here knows a trainer."""

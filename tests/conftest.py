@@ -16,3 +16,15 @@ def parity_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no parity fixtures at {folder}; set ILLUME_PARITY_DIR to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with ``train`` (48 pictures, square and wide) and ``val`` (16) stores of the shapes world."""
+    from illume_lightning.data.worlds.shapes import prepare_shapes
+
+    folder = tmp_path_factory.mktemp("shapes")
+    sizes = ((112, 112), (80, 160))
+    prepare_shapes(folder / "train", count=48, split="train", sizes=sizes)
+    prepare_shapes(folder / "val", count=16, split="val", sizes=sizes)
+    return folder

@@ -5,7 +5,7 @@ Shapes: B batch, H W picture height and width in pixels, C semantic channels, h1
 
 import warnings
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ PixelLoss = Literal["l1", "l2"]
 class Perceptual(nn.Module):
     """LPIPS on VGG16, frozen and always in evaluation mode.
 
-    The official release trains with the heads' dropout on, by an oversight; here it is off. The heads come with
-    the ``lpips`` package, the backbone is torchvision's ImageNet VGG16. Nothing is downloaded.
+    The official release trains with the heads' dropout on, by an oversight; here it is off. The heads come
+    with the ``lpips`` package, the backbone is torchvision's ImageNet VGG16. Nothing is downloaded.
 
     Args:
         backbone_weights: file with torchvision's ``vgg16`` state dict; ``None`` takes ``vgg16-397923af.pth``
@@ -30,6 +30,8 @@ class Perceptual(nn.Module):
         FileNotFoundError: where the file is missing.
         ValueError: where it is not a state dict of torchvision's VGG16.
     """
+
+    network: Any
 
     def __init__(self, backbone_weights: str | None = None) -> None:
         super().__init__()
@@ -62,9 +64,9 @@ def _find_backbone(path: str | None) -> Path:
     file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
     if not file.is_file():
         raise FileNotFoundError(
-            f"the perceptual loss needs torchvision's VGG16 weights and there is no file {file}: give the path of "
-            "vgg16-397923af.pth as backbone_weights, or train without this loss by perceptual_weight: 0 and "
-            "perceptual: null."
+            f"the perceptual loss needs torchvision's VGG16 weights and there is no file {file}: give the "
+            "path of vgg16-397923af.pth as backbone_weights, or train without this loss by "
+            "perceptual_weight: 0 and perceptual: null."
         )
     return file
 
@@ -110,10 +112,11 @@ class DualViTokLoss(nn.Module):
         pixel_loss: ``l1`` (paper) or ``l2``, the mean squared error (official release).
         pixel_weight: of the pixel loss.
         perceptual_weight: of LPIPS; 0 leaves it out.
-        adversarial_weight: of the GAN loss, generator and discriminator (official release: 0.5); 0 leaves it out.
+        adversarial_weight: of the GAN loss, generator and discriminator (official release: 0.5); 0 leaves it
+            out.
         adversarial_start: training steps before the GAN loss sets in (official release: 20,000).
-        adaptive_weight: scale the generator's GAN loss by the ratio of gradient norms at the decoder's last layer
-            (VQGAN; official release: off).
+        adaptive_weight: scale the generator's GAN loss by the ratio of gradient norms at the decoder's last
+            layer (VQGAN; official release: off).
         codebook_weight: of both branches' codebook losses.
         semantic_weight: of the cosine distance to the vision tower's features.
 
@@ -188,19 +191,13 @@ class DualViTokLoss(nn.Module):
         if self.perceptual_weight > 0:
             if perceptual is None:
                 raise ValueError(
-                    f"perceptual_weight is {self.perceptual_weight} and there is no perceptual network: give one, "
-                    "or set the weight to 0."
+                    f"perceptual_weight is {self.perceptual_weight} and there is no perceptual network: give "
+                    "one, or set the weight to 0."
                 )
             terms["perceptual_loss"] = perceptual(reconstruction, images).float().mean()
             loss = loss + self.perceptual_weight * terms["perceptual_loss"]
         if fake_logits is not None:
-            terms["adversarial_loss"] = hinge_generator_loss(fake_logits)
-            weight: float | Tensor = self.adversarial_weight
-            if self.adaptive_weight:
-                if last_layer is None:
-                    raise ValueError("adaptive_weight compares gradients at last_layer, which is missing.")
-                terms["adaptive_weight"] = adaptive_weight(loss, terms["adversarial_loss"], last_layer)
-                weight = weight * terms["adaptive_weight"]
+            weight = self._adversarial(loss, fake_logits, last_layer, terms)
             loss = loss + weight * terms["adversarial_loss"]
         encoded = output.encoded
         for name, quantized in (("semantic", encoded.semantic), ("pixel", encoded.pixel)):
@@ -213,8 +210,20 @@ class DualViTokLoss(nn.Module):
             loss = loss + self.semantic_weight * semantic
         return {"loss": loss} | terms
 
+    def _adversarial(
+        self, loss: Tensor, fake_logits: Tensor, last_layer: Tensor | None, terms: dict[str, Tensor]
+    ) -> float | Tensor:
+        """Add the GAN loss to ``terms`` and return its weight."""
+        terms["adversarial_loss"] = hinge_generator_loss(fake_logits)
+        if not self.adaptive_weight:
+            return self.adversarial_weight
+        if last_layer is None:
+            raise ValueError("adaptive_weight compares gradients at last_layer, which is missing.")
+        terms["adaptive_weight"] = adaptive_weight(loss, terms["adversarial_loss"], last_layer)
+        return self.adversarial_weight * terms["adaptive_weight"]
+
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> dict[str, Tensor]:
-        """Loss of the discriminator from logits of any equal shape; the fake ones of detached reconstructions.
+        """Loss of the discriminator from logits of any shape, the fake ones of detached reconstructions.
 
         Returns:
             ``discriminator_loss``, with its weight, to differentiate, and both logits' means.

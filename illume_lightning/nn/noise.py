@@ -15,9 +15,9 @@ class TokenNoise(nn.Module):
     ``token_probability``. The replacement carries no gradient.
 
     Args:
-        kind: ``random``: a code drawn uniformly from the codebook (paper); ``neighbour``: the code at the same
-            position of the batch's previous sample (official release; nothing happens in a batch of one);
-            ``zero``: zeros; ``none``: leave everything as it is.
+        kind: ``random``: a code drawn uniformly from the codebook (paper); ``neighbour``: the code at the
+            same position of the batch's previous sample (official release; nothing happens in a batch of
+            one); ``zero``: zeros; ``none``: leave everything as it is.
         sample_probability: in [0, 1] (paper 3.1: 0.1).
         token_probability: in [0, 1] (paper 3.1: 0.1).
 
@@ -54,16 +54,17 @@ class TokenNoise(nn.Module):
         if self.kind == "none":
             return features
         batch, _, height, width = features.shape
-        source = features.device if generator is None else generator.device
-        in_sample = torch.rand(batch, 1, 1, 1, generator=generator, device=source) < self.sample_probability
-        at_token = torch.rand(batch, 1, height, width, generator=generator, device=source) < self.token_probability
-        is_replaced = (in_sample & at_token).to(features.device)
+        device = features.device if generator is None else generator.device
+        sample = torch.rand(batch, 1, 1, 1, generator=generator, device=device)
+        token = torch.rand(batch, 1, height, width, generator=generator, device=device)
+        is_replaced = (sample < self.sample_probability) & (token < self.token_probability)
         if self.kind == "random":
             shape = (batch, height, width)
-            indices = torch.randint(len(codebook), shape, generator=generator, device=source)
-            replacement = codebook.detach()[indices.to(codebook.device)].permute(0, 3, 1, 2).to(features.dtype)
+            indices = torch.randint(len(codebook), shape, generator=generator, device=device)
+            codes = codebook.detach()[indices.to(codebook.device)]
+            replacement = codes.permute(0, 3, 1, 2).to(features.dtype)
         elif self.kind == "neighbour":
             replacement = features.detach().roll(1, dims=0)
         else:
             replacement = torch.zeros_like(features)
-        return torch.where(is_replaced, replacement, features)
+        return torch.where(is_replaced.to(features.device), replacement, features)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Codes per block of the search. Only a block's best score is kept in the first pass; a smaller block makes the
-# second pass cheaper and the list of block scores longer.
+# Codes per block of the search. Only a block's best score is kept in the first pass; a smaller block makes
+# the second pass cheaper and the list of block scores longer.
 _BLOCK = 64
 # Scores held per tile of tokens (8 MiB of fp32), whatever the size of the codebook.
 _BLOCK_SCORES = 2**21
@@ -23,10 +23,10 @@ _BLOCK_SCORES = 2**21
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code of each token by Euclidean distance; among equal distances the lowest index.
 
-    The result is that of distances in fp64. A first pass scores all codes in fp32, one cache-sized tile at a
-    time, and keeps the best score of each block of codes. A second pass measures, in fp64, only the blocks that
-    the rounding error of the first pass leaves in question, which is one block for nearly every token. Extra
-    memory is a few dozen MiB, whatever N and K.
+    The result is that of distances in fp64. A first pass scores all codes in fp32, one cache-sized tile at
+    a time, and keeps the best score of each block of codes. A second pass measures, in fp64, only the blocks
+    that the rounding error of the first pass leaves in question, which is one block for nearly every token.
+    Extra memory is a few dozen MiB, whatever N and K.
 
     Args:
         x: (N, D) tokens, any floating type.
@@ -40,8 +40,8 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """
     if x.ndim != 2 or codebook.ndim != 2 or x.shape[1] != codebook.shape[1] or len(codebook) == 0:
         raise ValueError(
-            f"tokens {tuple(x.shape)} can't be compared with codes {tuple(codebook.shape)}: expected (N, D) and "
-            "(K, D) with the same D and at least one code."
+            f"tokens {tuple(x.shape)} can't be compared with codes {tuple(codebook.shape)}: expected (N, D) "
+            "and (K, D) with the same D and at least one code."
         )
     num_blocks = math.ceil(len(codebook) / _BLOCK)
     tile = max(64, min(2048, _BLOCK_SCORES // num_blocks))
@@ -62,7 +62,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _score_blocks(tokens: Tensor, codes: Tensor, bias: Tensor, out: Tensor) -> None:
-    """Write each block's largest x.c - |c|^2 / 2 into ``out`` (blocks, N); the nearest code has the largest."""
+    """Write each block's largest x.c - |c|^2 / 2 into ``out`` (blocks, N); it grows as the distance falls."""
     # A tile that stays in a core's cache (1 MiB) on the CPU, one that fills the device (64 MiB) elsewhere.
     num_codes, num_tokens = (1024, 256) if tokens.device.type == "cpu" else (8192, 2048)
     scores = tokens.new_empty(num_codes, min(num_tokens, len(tokens)))
@@ -117,7 +117,7 @@ def _nearest_in_blocks(tokens: Tensor, codebook: Tensor, block: Tensor, token: T
 @contextmanager
 def _full_precision_matmul() -> Iterator[None]:
     """Keep TF32 and bf16 out of fp32 products, where the error bound of the search would not hold."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
@@ -150,8 +150,8 @@ class _Quantizer(nn.Module):
         super().__init__()
         if codebook_size < 1 or dim < 1:
             raise ValueError(
-                f"codebook_size is {codebook_size} and dim is {dim}: both must be at least 1 (paper: 32768 or "
-                "98304 codes of dimension 32)."
+                f"codebook_size is {codebook_size} and dim is {dim}: both must be at least 1 (paper: 32768 "
+                "or 98304 codes of dimension 32)."
             )
         self.codebook_size = codebook_size
         self.dim = dim
@@ -174,8 +174,8 @@ class _Quantizer(nn.Module):
     def forward(self, latents: Tensor) -> Quantized:
         """Quantise latents (B, D, h, w) of any floating type; computed in fp32, under autocast too.
 
-        The features are the codes bit for bit, so that they equal ``codes_to_features`` of the indices (in the
-        official release they differ by a rounding of the straight-through sum).
+        The features are the codes bit for bit, so that they equal ``codes_to_features`` of the indices (in
+        the official release they differ by a rounding of the straight-through sum).
         """
         if latents.ndim != 4 or latents.shape[1] != self.dim:
             raise ValueError(f"latents are {tuple(latents.shape)}, expected (B, {self.dim}, h, w).")
@@ -301,9 +301,7 @@ def rotate_to(x: Tensor, codes: Tensor) -> Tensor:
     u, v = source / source_norm, target / target_norm.clamp_min(1e-6)
     # Two reflections, in the mean direction and in v, are the rotation from u to v.
     mean = F.normalize(u + v, dim=-1, eps=1e-6)
-    rotated = (
-        x - 2 * (x * mean).sum(-1, keepdim=True) * mean + 2 * (x * u).sum(-1, keepdim=True) * v
-    )
+    rotated = x - 2 * (x * mean).sum(-1, keepdim=True) * mean + 2 * (x * u).sum(-1, keepdim=True) * v
     return rotated * (target_norm / source_norm)
 
 
@@ -313,8 +311,8 @@ def kmeans(
     """Lloyd's k-means from randomly chosen features.
 
     Args:
-        features: (N, D) fp32; with fewer than ``num_centres``, copies with noise of a tenth of each dimension's
-            standard deviation make up the number.
+        features: (N, D) fp32; with fewer than ``num_centres``, copies with noise of a tenth of each
+            dimension's standard deviation make up the number.
         num_centres: K.
         generator: of the draws, on the features' device.
         steps: Lloyd steps. A centre that no feature is nearest to stays where it is.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_tiny
+from tiny import build_tiny
 
 from illume_lightning.nn.checkpoints import load_dualvitok, read_state_dict, save_dualvitok
 from illume_lightning.nn.dualvitok import DualViTok

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build_tiny
+from tiny import build_tiny
 
 from illume_lightning.nn.dualvitok import DualCodes, DualViTok
 from illume_lightning.nn.noise import TokenNoise

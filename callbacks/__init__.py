@@ -1,0 +1,17 @@
+"""Lightning callbacks: phases, exact resume, hand-over between stages, pictures, speed and results."""
+
+from callbacks.exact_resume import ExactResume
+from callbacks.reconstruction_grid import ReconstructionGrid
+from callbacks.resolution_curriculum import ResolutionCurriculum
+from callbacks.result_table import ResultTable
+from callbacks.throughput import Throughput
+from callbacks.warm_start import WarmStart
+
+__all__ = [
+    "ExactResume",
+    "ReconstructionGrid",
+    "ResolutionCurriculum",
+    "ResultTable",
+    "Throughput",
+    "WarmStart",
+]

@@ -1,0 +1,99 @@
+"""Random number generators in the checkpoint: a resumed run equals an uninterrupted one bit for bit."""
+
+import logging
+import random
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+log = logging.getLogger(__name__)
+
+
+class ExactResume(L.Callback):
+    """Saves the state of every random number generator of every process, and restores it on resuming.
+
+    Python's, numpy's and torch's generators, and the accelerator's (`torch.get_device_module`). The state is
+    restored right before the first training batch, after everything else that draws numbers at the start.
+    Validation is taken out in the same way: what it draws does not change training, so it makes no
+    difference how often a run is validated, or whether it is killed before a validation or after.
+
+    On another number of processes the run goes on with its freshly seeded generators, and says so.
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict[str, Any] | None = None
+        self._saved: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generators of all processes; every process has to call it."""
+        mine = self._pending or _capture()
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return {"ranks": [mine]}
+        ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, mine)
+        return {"ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the generators for the first training batch."""
+        self._saved = state_dict["ranks"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Pick this process's generators."""
+        saved, self._saved = self._saved, []
+        if len(saved) == trainer.world_size:
+            self._pending = saved[trainer.global_rank]
+        elif saved:
+            log.warning(
+                "the checkpoint is of %d processes and there are %d: the data go on exactly, dropout and "
+                "noise with fresh random numbers",
+                len(saved),
+                trainer.world_size,
+            )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Restore the generators, after a resume or a validation."""
+        if self._pending is not None:
+            _restore(self._pending)
+            self._pending = None
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember the generators of training."""
+        if trainer.state.fn == "fit" and self._pending is None:
+            self._pending = _capture()
+
+
+def _capture() -> dict[str, Any]:
+    """All generators of this process, in types that a `weights_only` load accepts."""
+    numpy_state: Any = np.random.get_state()
+    name, keys, *rest = numpy_state
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    device = _device_module()
+    if device is not None:
+        state["device"] = device.get_rng_state()
+    return state
+
+
+def _restore(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    device = _device_module()
+    if device is not None and "device" in state:
+        device.set_rng_state(state["device"])
+
+
+def _device_module() -> Any:
+    """`torch.cuda`, `torch.npu`, ... of the accelerator in this machine; none where there is no generator."""
+    if not torch.accelerator.is_available():
+        return None
+    module = torch.get_device_module(torch.accelerator.current_accelerator())
+    return module if hasattr(module, "get_rng_state") else None

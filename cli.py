@@ -1,0 +1,174 @@
+"""The ``illume`` command.
+
+``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's; ``prepare``, ``parity`` and ``doctor`` are
+ours. Heavy libraries are imported only by the subcommand that needs them.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
+
+RUN_COMMANDS = ("fit", "validate", "test", "predict")
+
+USAGE = """\
+usage: illume COMMAND [OPTIONS]
+
+Data
+  prepare images SOURCE... OUT   folders, webdataset tars or parquet files -> a store for training
+  prepare shapes|photographs|emoji OUT
+                                 the embedded worlds
+
+Training (LightningCLI; one YAML is one run)
+  fit -c FILE.yaml               train; started again, it continues where it stopped
+  validate -c FILE.yaml          held-out metrics and picture grids of the run's last checkpoint
+  test -c FILE.yaml              the same on the test data
+  predict -c FILE.yaml           reconstruct a folder of pictures
+
+Checks
+  parity DIR [--device DEVICE]   compare with recorded tensors of the official model
+  doctor                         versions, devices, caches, and what is missing
+
+`illume COMMAND --help` tells more. `--traceback` anywhere shows where an error came from.
+"""
+
+RUN_USAGE = """\
+usage: illume {command} -c FILE.yaml [-c OVERLAY.yaml ...] [--KEY VALUE ...]
+
+  -c FILE.yaml             the run; later files and flags override earlier ones
+  --trainer.KEY VALUE      any argument of lightning's Trainer:
+                           --trainer.accelerator cpu|cuda|npu, --trainer.devices 8, --trainer.num_nodes 4,
+                           --trainer.strategy ddp, --trainer.precision bf16-mixed, --trainer.max_steps 1000
+  --model.KEY VALUE        any argument of the run's LightningModule
+  --data.KEY VALUE         any argument of the run's datamodule, e.g. --data.num_workers 8
+  --seed_everything N      seed of weights, data order and noise; also names the run's folder
+  --ckpt_path FILE         a checkpoint instead of the run's last one
+  --print_config           print the whole resolved configuration and stop
+  --help-all               every option of every class (slow: it imports everything)
+
+{command}: {what}
+Examples:
+  illume {command} -c experiments/shapes/dualvitok.yaml
+  illume {command} -c experiments/paper/dualvitok.yaml -c experiments/hardware/cuda.yaml
+"""
+
+WHAT = {
+    "fit": "train; a run that was interrupted or killed continues from its last checkpoint.",
+    "validate": "log val/<size>/<metric> and write picture grids, from the run's last checkpoint.",
+    "test": "the same on the datamodule's test data.",
+    "predict": "reconstruct the datamodule's predict data, from the run's last checkpoint.",
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one subcommand; errors that a user can mend end in one line and exit status 2."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    wants_traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        return
+    command, rest = arguments[0], arguments[1:]
+    try:
+        _dispatch(command, rest)
+    except _user_errors(command) as error:
+        if wants_traceback:
+            raise
+        sys.stderr.write(f"illume {command}: error: {_one_line(error)}\n")
+        raise SystemExit(2) from None
+
+
+def _dispatch(command: str, rest: list[str]) -> None:
+    if command in RUN_COMMANDS:
+        if rest == [] or rest[0] in ("-h", "--help"):
+            sys.stdout.write(RUN_USAGE.format(command=command, what=WHAT[command]))
+        else:
+            run([command, *("--help" if argument == "--help-all" else argument for argument in rest)])
+    elif command == "prepare":
+        _prepare(rest)
+    elif command == "parity":
+        from jsonargparse import auto_cli
+
+        auto_cli(parity, args=rest, prog="illume parity", as_positional=True)
+    elif command == "doctor":
+        from jsonargparse import auto_cli
+
+        auto_cli(doctor, args=rest, prog="illume doctor")
+    else:
+        raise ValueError(
+            f"unknown command {command!r}: use one of {', '.join((*RUN_COMMANDS, 'prepare', 'parity', 'doctor'))}."
+        )
+
+
+def run(args: list[str]) -> "LightningCLI":
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` in this process; returns the finished CLI."""
+    from callbacks import ResolutionCurriculum
+    from illume_lightning.lit.cli import IllumeCLI
+
+    return IllumeCLI.run(args, ResolutionCurriculum)
+
+
+def parity(directory: str, device: str = "cpu") -> None:
+    """Compare this installation with recorded tensors of the official model; exit status 1 on a miss.
+
+    Args:
+        directory: folder with the fixtures.
+        device: torch device to compute on, in fp32: cpu, cuda:0, npu:0.
+    """
+    from illume_lightning.nn.parity import run, table
+
+    checks = run(directory, device)
+    sys.stdout.write(table(checks) + "\n")
+    if not all(check.passed for check in checks):
+        raise SystemExit(1)
+
+
+def doctor() -> None:
+    """Print versions, devices, caches, and what is missing with the way to get it."""
+    from illume_lightning.doctor import report
+
+    sys.stdout.write(report())
+
+
+def _prepare(rest: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from illume_lightning.data.prepare import prepare_images
+    from illume_lightning.data.worlds.emoji import prepare_emoji
+    from illume_lightning.data.worlds.photographs import prepare_photographs
+    from illume_lightning.data.worlds.shapes import prepare_shapes
+
+    importers = {
+        "images": prepare_images,
+        "shapes": prepare_shapes,
+        "photographs": prepare_photographs,
+        "emoji": prepare_emoji,
+    }
+    auto_cli(importers, args=rest or ["--help"], prog="illume prepare", as_positional=True)
+
+
+def _user_errors(command: str) -> tuple[type[BaseException], ...]:
+    from jsonargparse import ArgumentError
+
+    errors: tuple[type[BaseException], ...] = (ValueError, OSError, FloatingPointError, ArgumentError)
+    if command in RUN_COMMANDS and "lightning" in sys.modules:
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        errors += (MisconfigurationException,)
+    return errors
+
+
+def _one_line(error: BaseException) -> str:
+    """The innermost cause of an error, without the dump of every type that was tried."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) <= 1:
+        return lines[0] if lines else type(error).__name__
+    head = lines[0].rstrip(":")
+    causes = [line for line in lines[1:] if not line.startswith(("Given value", "- Expected", "- Got", "Subclass"))]
+    return f"{head}: {causes[-1].lstrip('- ')}" if causes else head
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Batches of images as a plan names them: reading, and loaders that can stop and go on anywhere."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from illume_lightning.data.plan import Plan, PlanItem
+from illume_lightning.data.store import ImageStore
+from illume_lightning.data.transform import decode_at, is_flipped
+from illume_lightning.resolution import Size, any_resolution
+
+log = logging.getLogger(__name__)
+
+
+class ImageBatch(NamedTuple):
+    """B samples of one size.
+
+    Args:
+        images: RGB, uint8 (B, 3, H, W), 0 to 255.
+        captions: B texts.
+        dataset: int64 (B,), number of the source.
+        index: int64 (B,), record in the source's store.
+        sample_number: int64 (B,), running number in the run, or in the evaluation.
+    """
+
+    images: Tensor
+    captions: list[str]
+    dataset: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    sample_number: Tensor
+
+
+class PlannedImages(Dataset[ImageBatch]):
+    """Reads the samples that a plan names; a whole batch at a time.
+
+    Args:
+        stores: the datasets, in the plan's order.
+        seed: of the augmentation.
+        horizontal_flip: probability that a sample is mirrored.
+    """
+
+    def __init__(self, stores: Sequence[ImageStore], seed: int = 0, horizontal_flip: float = 0.0) -> None:
+        self.stores = list(stores)
+        self.seed = seed
+        self.horizontal_flip = horizontal_flip
+
+    def __getitems__(self, items: list[PlanItem]) -> ImageBatch:
+        """Read a batch of items that have one size.
+
+        Raises:
+            ValueError: if an image is damaged; names the store and the record.
+        """
+        captions, images = [], []
+        for item in items:
+            record = self.stores[item.dataset].read(item.index)
+            flip = is_flipped(self.seed, item.sample_number, self.horizontal_flip)
+            try:
+                images.append(decode_at(record.image, item.size, stretch=item.stretch, flip=flip))
+            except (OSError, SyntaxError, ValueError) as error:
+                raise ValueError(
+                    f"record {item.index} of {self.stores[item.dataset].path} cannot be decoded ({error}); "
+                    "copy the store again or prepare it again"
+                ) from error
+            captions.append(record.caption)
+        numbers = torch.tensor([[item.dataset, item.index, item.sample_number] for item in items])
+        return ImageBatch(torch.stack(images), captions, *numbers.unbind(dim=1))
+
+
+class PlanBatches:
+    """Plan items of one device's micro-batches, from the training step `first_step` to the end of the run."""
+
+    def __init__(self, plan: Plan, rank: int, world_size: int) -> None:
+        self.plan, self.rank, self.world_size = plan, rank, world_size
+        self.first_step = 0
+
+    def __iter__(self) -> Iterator[list[PlanItem]]:
+        schedule = self.plan.schedule
+        for step in range(self.first_step, schedule.num_steps):
+            phase = schedule.phases[schedule.phase_index(step)]
+            for micro_batch in range(phase.accumulation(self.world_size)):
+                yield self.plan.batch(step, micro_batch, self.rank, self.world_size)
+
+    def __len__(self) -> int:
+        # Of the whole run, whatever `first_step`: Lightning counts batches from the start of the run.
+        return self.plan.schedule.num_micro_batches(self.world_size)
+
+
+class _SizedBatches(Sized, Iterable[list[PlanItem]], Protocol):
+    pass
+
+
+class BatchLoader:
+    """A torch DataLoader over ready-made batches of plan items.
+
+    It is no DataLoader itself, because Lightning would put a distributed sampler of its own over the plan.
+
+    Args:
+        dataset: reads a list of plan items.
+        batches: the lists, each one batch; already this device's own.
+        options: passed on to the DataLoader.
+    """
+
+    def __init__(self, dataset: Dataset[Any], batches: _SizedBatches, **options: Any) -> None:
+        self.batches = batches
+        # A generator of its own: starting the workers must not draw from the run's random numbers.
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset, batch_sampler=batches, collate_fn=_as_it_is, generator=torch.Generator(), **options
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._loader
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class PlanLoader(BatchLoader):
+    """The training batches of one device. Its state is the number of finished training steps.
+
+    Lightning saves and restores the state with every checkpoint; training then goes on with the first
+    micro-batch of the first unfinished step, on any number of devices and with any number of workers.
+
+    Args:
+        dataset: reads a list of plan items.
+        batches: this device's share of the plan.
+        finished_steps: tells how many training steps are finished.
+        fingerprint: of the data and seed.
+        options: passed on to the DataLoader.
+    """
+
+    batches: PlanBatches
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batches: PlanBatches,
+        finished_steps: Callable[[], int],
+        fingerprint: str,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, batches, **options)
+        self._finished_steps = finished_steps
+        self._fingerprint = fingerprint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Finished training steps, and the fingerprint of what they read."""
+        return {"step": self._finished_steps(), "data": self._fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin where `state` was saved."""
+        self.batches.first_step = state["step"]
+        if state.get("data", self._fingerprint) != self._fingerprint:
+            log.warning(
+                "the training data, their weights, the shuffle window or the seed differ from the "
+                "checkpoint's: from step %d on the run reads the new order, not the rest of the old one",
+                state["step"],
+            )
+
+
+def evaluation_items(
+    sizes: Sequence[np.ndarray], side: int, own_size: bool, limit: int | None = None
+) -> list[PlanItem]:
+    """Every image once, or `limit` of them spread evenly, sorted by target size.
+
+    Args:
+        sizes: for each store (N, 2), heights and widths in pixels.
+        side: side of squares, or with `own_size` square root of the largest area, in pixels.
+        own_size: keep every image's own size, rounded to multiples of 16.
+        limit: most items.
+    """
+    places = [(dataset, index) for dataset, rows in enumerate(sizes) for index in range(len(rows))]
+    if limit is not None and limit < len(places):
+        places = [places[number * len(places) // limit] for number in range(limit)]
+
+    def target(dataset: int, index: int) -> Size:
+        height, width = sizes[dataset][index].tolist()
+        return any_resolution(height, width, side) if own_size else (side, side)
+
+    placed = sorted((target(*place), *place) for place in places)
+    return [
+        PlanItem(dataset, index, size, number, stretch=own_size)
+        for number, (size, dataset, index) in enumerate(placed)
+    ]
+
+
+def deal_batches(
+    items: Sequence[PlanItem], batch_size: int, rank: int, world_size: int
+) -> list[list[PlanItem]]:
+    """One device's batches out of items that are sorted by size.
+
+    Every item goes to exactly one device, batches have one size, and all devices get equally many: with
+    several devices, models wait for each other in every batch. Batches are halved until they come out even.
+
+    Args:
+        items: sorted by size.
+        batch_size: most items in a batch.
+        rank: number of the device.
+        world_size: number of devices.
+
+    Raises:
+        ValueError: if single items don't come out even either.
+    """
+    batches: list[list[PlanItem]] = []
+    for item in items:
+        if not batches or batches[-1][0].size != item.size or len(batches[-1]) == batch_size:
+            batches.append([])
+        batches[-1].append(item)
+    while len(batches) % world_size:
+        largest = max(range(len(batches)), key=lambda number: len(batches[number]))
+        batch = batches[largest]
+        if len(batch) == 1:
+            raise ValueError(
+                f"{len(items)} evaluation images cannot be dealt evenly to {world_size} devices; set "
+                f"val_limit to a multiple of {world_size}, or evaluate on one device"
+            )
+        batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+    return batches[rank::world_size]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,79 @@
+"""Preparing a user's own images: any folder, webdataset or parquet collection to a store."""
+
+from pathlib import Path
+
+from illume_lightning.data.image import Limits
+from illume_lightning.data.source import Rules, find_inputs, make_parts
+from illume_lightning.data.store import Manifest
+from illume_lightning.data.writer import write_stores
+
+
+def prepare_images(
+    sources: list[str],
+    output: str | Path,
+    *,
+    holdout: float = 0.0,
+    min_side: int = 16,
+    max_side: int | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    chunk_megabytes: int = 64,
+    part_items: int = 4096,
+    num_workers: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Manifest]:
+    """Write images and captions into a store.
+
+    RGB JPEG, PNG and WebP files are stored byte for byte; other pictures become PNG. What cannot be used
+    is dropped, counted and named in `manifest.json`. The command can be killed and given again: it
+    continues. Given again after it is finished, it does nothing.
+
+    Args:
+        sources: Folders (searched through), webdataset `.tar` files, parquet files, single images. In
+            folders, the caption of `a.jpg` is the text of `a.txt`.
+        output: The folder to make.
+        holdout: Share of the images, 0 to below 1, that goes to `<output>/val`, the rest going to
+            `<output>/train`; 0 writes one store at `output`. The choice is by a hash of the file's bytes.
+        min_side: Images with a shorter side below this many pixels are dropped.
+        max_side: Images with a longer side above this many pixels are stored smaller; default: as they are.
+        image_column: Column of parquet files with the images; default: the one of a fitting type.
+        caption_column: Column of parquet files with the captions; default: "text" or "caption", if there.
+        chunk_megabytes: Size of a chunk file in MB.
+        part_items: Images that are finished together; a kill loses at most these, for each worker.
+        num_workers: Processes; 0 works in this one. The result does not depend on it.
+        overwrite: Replace a store that was made from other inputs or with other options.
+
+    Returns:
+        The manifest of each store, by split: "" or "train" and "val".
+
+    Raises:
+        ValueError: If an option is out of range, a source has no images, or `output` holds something else.
+        RuntimeError: If another process is writing `output`.
+        OSError: If the disk is full; what is finished is kept.
+    """
+    if not 0 <= holdout < 1:
+        raise ValueError(f"holdout is {holdout}; it is a share of the images, from 0 to below 1")
+    if part_items < 1:
+        raise ValueError(f"part_items is {part_items}; it must be at least 1")
+    rules = Rules(Limits(min_side, max_side), holdout)
+    inputs = find_inputs(sources)
+    identity = {
+        "kind": "images",
+        "sources": [Path(source).resolve().name for source in sources],
+        "inputs": inputs.fingerprint,
+        "holdout": holdout,
+        "min_side": min_side,
+        "max_side": max_side,
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "part_items": part_items,
+    }
+    return write_stores(
+        output,
+        identity,
+        lambda: make_parts(inputs, rules, part_items, image_column, caption_column),
+        splits=("train", "val") if holdout else ("",),
+        chunk_megabytes=chunk_megabytes,
+        num_workers=num_workers,
+        overwrite=overwrite,
+    )

@@ -1,0 +1,160 @@
+"""The phases of a progressive run (paper 3.4): arithmetic between steps, micro-batches and samples."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from illume_lightning.resolution import PIXEL_STRIDE
+
+SizeMode = Literal["fixed", "multi_ratio", "any_resolution"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training steps with one way of choosing picture sizes and one batch size."""
+
+    until_step: int
+    """The phase ends before this training step; it begins where the one before it ends."""
+
+    mode: SizeMode
+    """`fixed`: every picture is `side` x `side`. `multi_ratio`: the nearest of 11 aspect ratios near that
+    area, without pictures that this would crop by more than 20 %. `any_resolution`: a picture's own size,
+    rounded to multiples of 16 and at most that area."""
+
+    side: int
+    """Square root of the (largest) area, in pixels; a multiple of 16."""
+
+    batch_size: int
+    """Samples in a training step, over all devices and micro-batches: the paper's batch size."""
+
+    micro_batch_size: int
+    """Samples in one forward pass on one device; the rest of `batch_size` is devices and accumulation."""
+
+    lr: float | None = None
+    """Learning rate of every parameter group in this phase; none leaves the optimizers as they are."""
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches that every device runs for one training step.
+
+        Raises:
+            ValueError: if `batch_size` is not a multiple of what all devices take at once.
+        """
+        at_once = self.micro_batch_size * world_size
+        if self.batch_size % at_once:
+            raise ValueError(
+                f"phase until step {self.until_step}: batch_size {self.batch_size} is not a multiple of "
+                f"micro_batch_size {self.micro_batch_size} x {world_size} devices = {at_once}; choose a "
+                f"micro_batch_size that divides {self.batch_size} / {world_size}"
+            )
+        return self.batch_size // at_once
+
+
+class MicroBatch(NamedTuple):
+    """Place of a micro-batch: its training step, its number within the step, and how many the step has."""
+
+    step: int
+    number: int
+    accumulation: int
+
+
+class Schedule:
+    """The phases of a run in order.
+
+    Samples, micro-batches and steps are counted from 0 over the whole run. `world_size` is the number of
+    devices that read different data.
+
+    Args:
+        phases: at least one, with rising `until_step`.
+
+    Raises:
+        ValueError: if the phases contradict themselves; names the phase and the value.
+    """
+
+    def __init__(self, phases: Sequence[Phase]) -> None:
+        _check(phases)
+        self.phases = tuple(phases)
+        self._ends = [phase.until_step for phase in self.phases]
+
+    @property
+    def num_steps(self) -> int:
+        """Training steps of the whole run."""
+        return self._ends[-1]
+
+    def phase_index(self, step: int) -> int:
+        """Number of the phase that a training step belongs to.
+
+        Raises:
+            ValueError: if the run has no such step.
+        """
+        if not 0 <= step < self.num_steps:
+            raise ValueError(f"training step {step} is outside the schedule of {self.num_steps} steps")
+        return bisect_right(self._ends, step)
+
+    def first_step(self, index: int) -> int:
+        """First training step of a phase."""
+        return self._ends[index - 1] if index else 0
+
+    def steps_in(self, index: int) -> int:
+        """Training steps of a phase."""
+        return self._ends[index] - self.first_step(index)
+
+    def first_sample(self, step: int) -> int:
+        """Running number of a training step's first sample: how many samples come before it."""
+        return self._before(step, [phase.batch_size for phase in self.phases])
+
+    def first_micro_batch(self, step: int, world_size: int) -> int:
+        """Running number, on every device, of a training step's first micro-batch."""
+        return self._before(step, [phase.accumulation(world_size) for phase in self.phases])
+
+    def num_micro_batches(self, world_size: int) -> int:
+        """Micro-batches of the whole run on every device."""
+        return self.first_micro_batch(self.num_steps, world_size)
+
+    def locate(self, micro_batch: int, world_size: int) -> MicroBatch:
+        """Training step of a micro-batch; the inverse of `first_micro_batch`.
+
+        Raises:
+            ValueError: if the run has no such micro-batch.
+        """
+        before = 0
+        for index, phase in enumerate(self.phases):
+            count = phase.accumulation(world_size)
+            within = micro_batch - before
+            if 0 <= within < count * self.steps_in(index):
+                return MicroBatch(self.first_step(index) + within // count, within % count, count)
+            before += count * self.steps_in(index)
+        raise ValueError(f"micro-batch {micro_batch} is outside the schedule of {before} micro-batches")
+
+    def _before(self, step: int, per_step: list[int]) -> int:
+        """Sum of a count that is constant within phases, over the training steps before `step`."""
+        steps = (min(step, end) - self.first_step(index) for index, end in enumerate(self._ends))
+        return sum(max(0, number) * each for number, each in zip(steps, per_step, strict=True))
+
+
+def _check(phases: Sequence[Phase]) -> None:
+    if not phases:
+        raise ValueError("the schedule has no phases; give at least one")
+    previous = 0
+    for index, phase in enumerate(phases):
+        name = f"phase {index}"
+        if phase.mode not in get_args(SizeMode):
+            raise ValueError(f"{name}: mode {phase.mode!r} is none of {', '.join(get_args(SizeMode))}")
+        if phase.until_step <= previous:
+            raise ValueError(
+                f"{name}: until_step {phase.until_step} is not above {previous}, where the phase begins; "
+                "list the phases in order, each with the training step at which it ends"
+            )
+        if phase.side < PIXEL_STRIDE or phase.side % PIXEL_STRIDE:
+            raise ValueError(f"{name}: side {phase.side} is not a positive multiple of {PIXEL_STRIDE} pixels")
+        if phase.mode == "any_resolution" and phase.side < 32:
+            raise ValueError(f"{name}: side {phase.side} is below 32 pixels, the least for any_resolution")
+        for field in ("batch_size", "micro_batch_size"):
+            if getattr(phase, field) < 1:
+                raise ValueError(f"{name}: {field} {getattr(phase, field)} is not positive")
+        phase.accumulation(world_size=1)
+        if phase.lr is not None and not phase.lr > 0:
+            raise ValueError(f"{name}: lr {phase.lr} is not positive")
+        previous = phase.until_step
+    if len({phase.lr is None for phase in phases}) > 1:
+        raise ValueError("lr is given for some phases only; give it for all of them or for none")

@@ -1,0 +1,343 @@
+"""The shapes world: scenes of coloured shapes, generated from a seed, on canvases of any size.
+
+A scene is a background and up to four objects, each in its own quarter of the canvas. Everything about
+it is known, so captions, masks, questions and edits follow from it, and a picture can be checked against
+it. Pictures are rendered from signed distances with analytic anti-aliasing: no fonts, no files.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from illume_lightning.data.image import encode_png
+from illume_lightning.data.part import Lost, Sample
+from illume_lightning.data.store import Manifest
+from illume_lightning.data.writer import write_stores
+
+SHAPES = ("circle", "square", "triangle", "star")
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 165, 60),
+    "blue": (50, 80, 230),
+    "yellow": (240, 210, 40),
+    "purple": (150, 60, 190),
+    "orange": (245, 135, 30),
+    "cyan": (60, 205, 220),
+}
+"""Names and RGB values, 0 to 255."""
+RADII = {"small": 0.30, "large": 0.42}
+"""Sizes of objects: radius as a share of the shorter side of a cell."""
+BACKGROUNDS = {"white": (245, 245, 245), "black": (20, 20, 20)}
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+"""The cells of the canvas, in reading order: two rows of two."""
+SPLITS = ("train", "val", "test")
+HELD_OUT = 0.05
+"""Share of all scenes that belongs to "val", and the same again to "test"."""
+
+_PART_ITEMS = 1024
+
+
+@dataclass(frozen=True)
+class Object:
+    """One shape: what it is, and in which cell it stands.
+
+    Args:
+        shape: One of `SHAPES`.
+        colour: One of `COLOURS`.
+        size: One of `RADII`.
+        place: One of `PLACES`.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+
+    shape: str
+    colour: str
+    size: str
+    place: str
+
+    def __post_init__(self) -> None:
+        for name, known in (("shape", SHAPES), ("colour", COLOURS), ("size", RADII), ("place", PLACES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} '{getattr(self, name)}'; known are {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background and the objects on it, in reading order of their cells.
+
+    Args:
+        background: One of `BACKGROUNDS`.
+        objects: 0 to 4 objects in different cells; they are put into reading order.
+
+    Raises:
+        ValueError: If the background is unknown or two objects share a cell.
+    """
+
+    background: str
+    objects: tuple[Object, ...]
+
+    def __post_init__(self) -> None:
+        if self.background not in BACKGROUNDS:
+            raise ValueError(f"unknown background '{self.background}'; known are {', '.join(BACKGROUNDS)}")
+        places = [thing.place for thing in self.objects]
+        if len(set(places)) < len(places):
+            raise ValueError(f"two objects share a place: {', '.join(places)}; give each its own")
+        ordered = sorted(self.objects, key=lambda thing: PLACES.index(thing.place))
+        object.__setattr__(self, "objects", tuple(ordered))
+
+    def to_json(self) -> str:
+        """One line of JSON, the same for equal scenes; the `meta` of a record."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> "Scene":
+        """The scene that `to_json` wrote."""
+        content = json.loads(text)
+        return Scene(content["background"], tuple(Object(**thing) for thing in content["objects"]))
+
+
+def split_of(scene: Scene) -> str:
+    """The split a scene belongs to, by its hash: whoever draws it, from whichever seed, it is in one split only."""
+    number = int.from_bytes(hashlib.sha256(scene.to_json().encode()).digest()[:8], "big") / 2**64
+    if number < HELD_OUT:
+        return "val"
+    return "test" if number < 2 * HELD_OUT else "train"
+
+
+def draw_scene(seed: int, index: int, *, split: str = "train", min_objects: int = 1, max_objects: int = 4) -> Scene:
+    """Draw a scene; a function of its arguments alone.
+
+    Args:
+        seed: Seed of the world, 0 to 2^64 - 1.
+        index: Number of the scene, 0 to 2^64 - 1.
+        split: The scene comes from this split, see `split_of`.
+        min_objects: Fewest objects; each number up to `max_objects` is equally likely.
+        max_objects: Most objects, up to 4.
+    """
+    random = _random(seed, index, SPLITS.index(split))
+    while True:
+        count = int(random.integers(min_objects, max_objects + 1))
+        places = random.permutation(len(PLACES))[:count]
+        background = tuple(BACKGROUNDS)[random.integers(len(BACKGROUNDS))]
+        objects = tuple(
+            Object(
+                SHAPES[random.integers(len(SHAPES))],
+                tuple(COLOURS)[random.integers(len(COLOURS))],
+                tuple(RADII)[random.integers(len(RADII))],
+                PLACES[place],
+            )
+            for place in places
+        )
+        scene = Scene(background, objects)
+        if split_of(scene) == split:
+            return scene
+
+
+def phrase(thing: Object) -> str:
+    """An object in words, naming exactly one thing: "a small red star at the top left"."""
+    return f"a {thing.size} {thing.colour} {thing.shape} at the {thing.place}"
+
+
+def caption(scene: Scene) -> str:
+    """A scene in words, complete and always the same: the objects in reading order, then the background."""
+    background = f"on a {scene.background} background"
+    if not scene.objects:
+        return f"nothing {background}"
+    *phrases, last = (phrase(thing) for thing in scene.objects)
+    return f"{', '.join(phrases)} and {last} {background}" if phrases else f"{last} {background}"
+
+
+def render(scene: Scene, height: int, width: int) -> np.ndarray:
+    """Draw a scene.
+
+    Args:
+        scene: What to draw.
+        height: Height H of the canvas in pixels.
+        width: Width W of the canvas in pixels.
+
+    Returns:
+        RGB, uint8 (H, W, 3), 0 to 255.
+    """
+    background = np.array(BACKGROUNDS[scene.background], np.float32)
+    canvas = np.empty((height, width, 3), np.uint8)
+    canvas[:] = BACKGROUNDS[scene.background]
+    for thing in scene.objects:
+        rows, columns, coverage = _placed(thing, height, width)
+        colour = np.array(COLOURS[thing.colour], np.float32)
+        mixed = background + coverage[..., None] * (colour - background)
+        canvas[rows, columns] = (mixed + 0.5).astype(np.uint8)  # cells do not overlap: nothing is drawn twice
+    return canvas
+
+
+def object_masks(scene: Scene, height: int, width: int) -> np.ndarray:
+    """How much of each pixel each object covers.
+
+    Args:
+        scene: The scene.
+        height: Height H of the canvas in pixels.
+        width: Width W of the canvas in pixels.
+
+    Returns:
+        float32 (N, H, W), 0 to 1, in the order of `scene.objects`.
+    """
+    masks = np.zeros((len(scene.objects), height, width), np.float32)
+    for mask, thing in zip(masks, scene.objects, strict=True):
+        rows, columns, coverage = _placed(thing, height, width)
+        mask[rows, columns] = coverage
+    return masks
+
+
+def prepare_shapes(
+    output: str | Path,
+    *,
+    count: int,
+    seed: int = 0,
+    split: str = "train",
+    sizes: Sequence[tuple[int, int]] = ((224, 224),),
+    min_objects: int = 1,
+    max_objects: int = 4,
+    chunk_megabytes: int = 64,
+    num_workers: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Manifest]:
+    """Write a store of shapes with captions; `meta` of each record is the scene.
+
+    Args:
+        output: The folder to make.
+        count: Number of pictures.
+        seed: Another seed gives other pictures.
+        split: "train", "val" or "test"; no scene is ever in two of them.
+        sizes: Heights and widths in pixels; each picture gets one of them at random.
+        min_objects: Fewest objects in a picture, from 1.
+        max_objects: Most objects in a picture, up to 4.
+        chunk_megabytes: Size of a chunk file in MB.
+        num_workers: Processes; 0 works in this one. The result does not depend on it.
+        overwrite: Replace a store that was made with other options.
+
+    Returns:
+        The manifest of the store, under "".
+
+    Raises:
+        ValueError: If an option is out of range, or `output` holds something else.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; at least 1 picture is needed")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; it must be between 0 and 2^64 - 1")
+    if split not in SPLITS:
+        raise ValueError(f"split is '{split}'; it must be one of {', '.join(SPLITS)}")
+    if not 1 <= min_objects <= max_objects <= len(PLACES):
+        raise ValueError(
+            f"min_objects={min_objects} and max_objects={max_objects} do not fit; 1 <= min <= max <= {len(PLACES)}"
+        )
+    sizes = tuple((int(height), int(width)) for height, width in sizes)
+    if not sizes or min(map(min, sizes)) < 16:
+        raise ValueError(f"sizes is {sizes}; give at least one pair of height and width, each from 16 pixels")
+    options = {"seed": seed, "split": split, "sizes": sizes, "min_objects": min_objects, "max_objects": max_objects}
+    return write_stores(
+        output,
+        {"kind": "shapes", "count": count, **options},
+        lambda: [
+            ShapesPart(range(start, min(start + _PART_ITEMS, count)), seed, split, sizes, min_objects, max_objects)
+            for start in range(0, count, _PART_ITEMS)
+        ],
+        chunk_megabytes=chunk_megabytes,
+        num_workers=num_workers,
+        overwrite=overwrite,
+    )
+
+
+@dataclass(frozen=True)
+class ShapesPart:
+    """Some numbers of the pictures that `prepare_shapes` writes."""
+
+    indices: range
+    seed: int
+    split: str
+    sizes: tuple[tuple[int, int], ...]
+    min_objects: int
+    max_objects: int
+
+    @property
+    def num_items(self) -> int:
+        """Number of pictures."""
+        return len(self.indices)
+
+    def read(self) -> Iterator[Sample | Lost]:
+        """Draw the pictures."""
+        for index in self.indices:
+            scene = draw_scene(
+                self.seed, index, split=self.split, min_objects=self.min_objects, max_objects=self.max_objects
+            )
+            # A stream of its own: the scenes do not change with the list of sizes.
+            height, width = self.sizes[_random(self.seed, index, len(SPLITS)).integers(len(self.sizes))]
+            image = encode_png(render(scene, height, width), compress_level=1)
+            yield Sample(str(index), image, caption(scene), scene.to_json(), height, width)
+
+
+def _random(seed: int, index: int, stream: int) -> np.random.Generator:
+    """A generator that depends on its arguments only; streams of the same seed and index do not overlap."""
+    key, counter = np.array([seed, index], np.uint64), np.array([0, 0, 0, stream], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def _placed(thing: Object, height: int, width: int) -> tuple[slice, slice, np.ndarray]:
+    """The rows and columns of an object's cell, and how much of each pixel it covers there."""
+    row, column = divmod(PLACES.index(thing.place), 2)
+    rows = slice(row * height // 2, (row + 1) * height // 2)
+    columns = slice(column * width // 2, (column + 1) * width // 2)
+    radius = RADII[thing.size] * min(height, width) / 2
+    return rows, columns, _coverage(thing.shape, radius, rows.stop - rows.start, columns.stop - columns.start)
+
+
+@lru_cache(maxsize=256)
+def _coverage(shape: str, radius: float, height: int, width: int) -> np.ndarray:
+    """How much of each pixel a shape in the middle of a cell covers, float32 (height, width), 0 to 1."""
+    y = (np.arange(height) + 0.5 - height / 2)[:, None] / radius
+    x = (np.arange(width) + 0.5 - width / 2)[None, :] / radius
+    distance = np.hypot(x, y) - 1 if shape == "circle" else _polygon_distance(_OUTLINES[shape], x, y)
+    coverage = np.clip(0.5 - distance * radius, 0, 1).astype(np.float32)
+    coverage.flags.writeable = False  # shared by all callers
+    return coverage
+
+
+def _polygon_distance(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance to a polygon, negative inside.
+
+    Args:
+        corners: (K, 2) of x and y, in order around the polygon.
+        x: (1, W).
+        y: (H, 1).
+
+    Returns:
+        (H, W), in the unit of the arguments.
+    """
+    nearest = np.full(np.broadcast_shapes(x.shape, y.shape), np.inf)
+    inside = np.zeros(nearest.shape, bool)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        ex, ey = bx - ax, by - ay
+        along = np.clip(((x - ax) * ex + (y - ay) * ey) / (ex * ex + ey * ey), 0, 1)
+        nearest = np.minimum(nearest, np.hypot(x - ax - along * ex, y - ay - along * ey))
+        if ay != by:  # a ray to the right crosses this edge: even-odd rule
+            inside ^= ((ay > y) != (by > y)) & (x < ax + (y - ay) * ex / ey)
+    return np.where(inside, -nearest, nearest)
+
+
+def _ring(radii: Sequence[float]) -> np.ndarray:
+    """Corners at equal angles around the centre, the first at the top (y points down): (K, 2) of x and y."""
+    angles = np.arange(len(radii)) * 2 * np.pi / len(radii)
+    return np.stack([np.sin(angles), -np.cos(angles)], axis=1) * np.array(radii)[:, None]
+
+
+# For radius 1. The square has the circle's area; the triangle is moved down to stand in the middle of its cell.
+_OUTLINES = {
+    "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * np.sqrt(np.pi) / 2,
+    "triangle": _ring([1.15] * 3) + (0, 1.15 / 4),
+    "star": _ring([1.1, 0.5] * 5),
+}

@@ -1,0 +1,98 @@
+"""LightningCLI with this package's settings."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import lightning as L
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+
+class IllumeCLI(LightningCLI):
+    """One YAML is one run; a run started again continues from its last checkpoint."""
+
+    curriculum: type[L.Callback]
+
+    @classmethod
+    def run(cls, args: list[str], curriculum: type[L.Callback]) -> "IllumeCLI":
+        """Parse, build and run.
+
+        Args:
+            args: subcommand and options, as on the command line.
+            curriculum: the callback that owns the phases; it has a section of its own in every YAML, so
+                that overlays and flags reach it (lists, such as the other callbacks, are replaced whole).
+
+        Raises:
+            ArgumentError: a key or value of the configuration is wrong.
+            ValueError: parts contradict one another.
+            FileNotFoundError: data or a checkpoint is missing.
+        """
+        _quieten()
+        # Under subcommands absolute ${} would be looked up at the parser's root, where it is not.
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        cls.curriculum = curriculum
+        return cls(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            # omegaconf+ resolves ${} after files and flags have merged, plain omegaconf before.
+            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+            save_config_kwargs={"overwrite": True},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The curriculum's section, and one seed for weights, data order and noise."""
+        parser.add_lightning_class_args(self.curriculum, "curriculum")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def before_fit(self) -> None:
+        """Continue an interrupted run."""
+        last = self._last_checkpoint()
+        if self._given_checkpoint() is None and last.is_file():
+            self.config_init["fit"]["ckpt_path"] = str(last)
+
+    def before_validate(self) -> None:
+        """Take the run's last checkpoint."""
+        self._require_checkpoint("validate")
+
+    def before_test(self) -> None:
+        """Take the run's last checkpoint."""
+        self._require_checkpoint("test")
+
+    def before_predict(self) -> None:
+        """Take the run's last checkpoint."""
+        self._require_checkpoint("predict")
+
+    def _require_checkpoint(self, command: str) -> None:
+        if self._given_checkpoint() is None:
+            last = self._last_checkpoint()
+            if not last.is_file():
+                raise FileNotFoundError(f"no checkpoint at {last}: run `illume fit` first, or give --ckpt_path.")
+            self.config_init[command]["ckpt_path"] = str(last)
+
+    def _given_checkpoint(self) -> str | None:
+        given = self.config_init[str(self.subcommand)].get("ckpt_path")
+        if given not in (None, "best", "last", "hpc") and not Path(given).is_file():
+            raise FileNotFoundError(f"--ckpt_path: no file {given}.")
+        return given
+
+    def _last_checkpoint(self) -> Path:
+        return Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+
+
+def _quieten() -> None:
+    """Mute adverts and hints about loaders and loggers that are meant to be as they are."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*LightningCLI's args parameter.*",
+        ".*Experiment logs directory.*",
+        ".*exists and is not empty.*",
+        ".*isinstance.*treespec, LeafSpec.*",
+        ".*Consider setting `persistent_workers.*",
+    ):
+        warnings.filterwarnings("ignore", message)

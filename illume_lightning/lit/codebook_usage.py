@@ -1,0 +1,48 @@
+"""How much of a codebook is in use, over all ranks."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class CodebookHealth(NamedTuple):
+    """What ``CodebookUsage`` computes.
+
+    Attributes:
+        usage: share of codes seen at least once, in [0, 1].
+        perplexity: exponential of the entropy of the code histogram; the codebook size at most.
+        dead: number of codes never seen.
+    """
+
+    usage: Tensor
+    perplexity: Tensor
+    dead: Tensor
+
+
+class CodebookUsage(Metric):
+    """Counts code ids since the last reset; the counts are summed over ranks.
+
+    Args:
+        num_codes: size of the codebook.
+    """
+
+    full_state_update = False
+
+    def __init__(self, num_codes: int) -> None:
+        super().__init__()
+        self.num_codes = num_codes
+        self.counts: Tensor
+        self.add_state("counts", torch.zeros(num_codes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, indices: Tensor) -> None:
+        """Count code ids of any shape, int64."""
+        self.counts += torch.bincount(indices.flatten(), minlength=self.num_codes)
+
+    def compute(self) -> CodebookHealth:
+        """Usage, perplexity and number of dead codes."""
+        share = self.counts.double() / self.counts.sum().clamp_min(1)
+        seen = self.counts > 0
+        entropy = -(share[seen] * share[seen].log()).sum()
+        return CodebookHealth(seen.double().mean(), entropy.exp(), (~seen).sum())

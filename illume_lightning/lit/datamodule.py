@@ -1,0 +1,245 @@
+"""Images and captions for training and evaluation, read from stores in the order of a plan."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from illume_lightning.data.loader import (
+    BatchLoader,
+    ImageBatch,
+    PlanBatches,
+    PlanLoader,
+    PlannedImages,
+    deal_batches,
+    evaluation_items,
+)
+from illume_lightning.data.plan import DatasetSource, Phase, Plan
+from illume_lightning.data.store import ImageStore
+from illume_lightning.resolution import check_size
+
+__all__ = ["ImageBatch", "ImageDataModule", "Source", "replica"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Source:
+    """A store to train on."""
+
+    path: str
+    """Folder of the store."""
+
+    weight: float = 1.0
+    """Share of the training samples, relative to the other sources' weights, whatever the stores' sizes."""
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Training batches in the order of a plan, and validation batches at several sizes.
+
+    The phases of training (sizes, batch sizes) come from the `ResolutionCurriculum` callback.
+
+    Args:
+        train: stores to train on and their weights.
+        val: folders of the stores to validate on.
+        test: folders of the stores to test on.
+        predict: folders of the stores to predict on.
+        val_sizes: sides in pixels at which evaluation images are squares, each one a loader of its own.
+        val_any_resolution: one more loader, with every image at its own size, rounded to multiples of 16
+            and at most this side squared in area.
+        val_batch_size: most samples in an evaluation batch, per device.
+        val_limit: most samples per evaluation loader, spread evenly over the stores; none takes all.
+        horizontal_flip: probability that a training image is mirrored.
+        num_workers: processes that read, per device; 0 reads in the training process.
+        prefetch: batches that each worker reads ahead.
+        persistent_workers: keep the evaluation's workers between evaluations.
+        pin_memory: page-locked batches, where there is an accelerator.
+        shuffle_window: samples of a store among which the order is fully random, see `Plan`.
+        seed: of the order and the augmentation.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        train: list[Source] | None = None,
+        val: list[str] | None = None,
+        test: list[str] | None = None,
+        predict: list[str] | None = None,
+        val_sizes: list[int] | None = None,
+        val_any_resolution: int | None = None,
+        val_batch_size: int = 16,
+        val_limit: int | None = None,
+        horizontal_flip: float = 0.5,
+        num_workers: int = 2,
+        prefetch: int = 4,
+        persistent_workers: bool = False,
+        pin_memory: bool = True,
+        shuffle_window: int = 4096,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= horizontal_flip <= 1:
+            raise ValueError(f"horizontal_flip {horizontal_flip} is no probability; choose 0 to 1")
+        for name, value in (("val_batch_size", val_batch_size), ("val_limit", val_limit)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} is not positive")
+        self.train_sources = list(train or [])
+        self.paths = {"validate": list(val or []), "test": list(test or []), "predict": list(predict or [])}
+        self.val_sizes = [256] if val_sizes is None and val_any_resolution is None else list(val_sizes or [])
+        for side in self.val_sizes:
+            check_size(side, side)
+        self.val_any_resolution = val_any_resolution
+        self.val_batch_size, self.val_limit = val_batch_size, val_limit
+        self.horizontal_flip = horizontal_flip
+        self.shuffle_window, self.seed = shuffle_window, seed
+        self.num_workers, self.prefetch = num_workers, prefetch
+        self.persistent_workers, self.pin_memory = persistent_workers, pin_memory
+        self._phases: tuple[Phase, ...] | None = None
+        self._plan: Plan | None = None
+        self._stores: dict[str, ImageStore] = {}
+
+    @property
+    def val_names(self) -> list[str]:
+        """Names of the evaluation loaders, in order: "256", "512", "any512"."""
+        any_resolution = [] if self.val_any_resolution is None else [f"any{self.val_any_resolution}"]
+        return [str(side) for side in self.val_sizes] + any_resolution
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the run.
+
+        Raises:
+            ValueError: if there are no phases or no training data.
+        """
+        if self._plan is None:
+            if self._phases is None:
+                raise ValueError(
+                    "there are no phases to train by; add the ResolutionCurriculum callback to the trainer"
+                )
+            if not self.train_sources:
+                raise ValueError("there are no training data; list stores under `train`")
+            datasets = [
+                DatasetSource(source.path, store.sizes, store.chunk_ids, source.weight)
+                for source, store in zip(self.train_sources, self._train_stores(), strict=True)
+            ]
+            self._plan = Plan(self._phases, datasets, self.seed, self.shuffle_window)
+        return self._plan
+
+    def set_curriculum(self, phases: Sequence[Phase]) -> None:
+        """Set the phases of training; the ResolutionCurriculum callback does."""
+        self._phases = tuple(phases)
+        self._plan = None
+
+    def setup(self, stage: str) -> None:
+        """Open the stores, so that what is missing is known at once.
+
+        Raises:
+            FileNotFoundError: if a store is missing; names it.
+            ValueError: if a store is empty.
+        """
+        if stage == "fit":
+            self._train_stores()
+        for path in self.paths["validate" if stage == "fit" else stage]:
+            self._store(path)
+
+    def train_dataloader(self) -> PlanLoader:
+        """This device's training batches, from the resumed step to the end of the run."""
+        assert self.trainer is not None
+        trainer = self.trainer
+        if trainer.is_global_zero:
+            log.info(self.plan.describe())
+        return PlanLoader(
+            self._training_images(),
+            PlanBatches(self.plan, *replica(trainer)),
+            finished_steps=lambda: trainer.global_step,
+            fingerprint=self._fingerprint(),
+            **self._options(),
+        )
+
+    def val_dataloader(self) -> list[BatchLoader]:
+        """One loader for each of `val_names`."""
+        return self._evaluation_loaders("validate")
+
+    def test_dataloader(self) -> list[BatchLoader]:
+        """One loader for each of `val_names`."""
+        return self._evaluation_loaders("test")
+
+    def predict_dataloader(self) -> list[BatchLoader]:
+        """One loader for each of `val_names`."""
+        return self._evaluation_loaders("predict")
+
+    def sample_images(self, num_batches: int) -> Iterator[Tensor]:
+        """Training images from the present step on, one micro-batch of each step; training will see them too.
+
+        Args:
+            num_batches: how many; fewer at the end of the run.
+
+        Yields:
+            uint8 (B, 3, H, W); every device has its own.
+        """
+        start = 0 if self.trainer is None else self.trainer.global_step
+        rank, world_size = replica(self.trainer)
+        images = self._training_images()
+        for step in range(start, min(start + num_batches, self.plan.schedule.num_steps)):
+            yield images.__getitems__(self.plan.batch(step, 0, rank, world_size)).images
+
+    def _training_images(self) -> PlannedImages:
+        return PlannedImages(self._train_stores(), self.seed, self.horizontal_flip)
+
+    def _evaluation_loaders(self, stage: str) -> list[BatchLoader]:
+        stores = [self._store(path) for path in self.paths[stage]]
+        if not stores:
+            return []
+        sizes = [store.sizes for store in stores]
+        sides = [*((side, False) for side in self.val_sizes)]
+        if self.val_any_resolution is not None:
+            sides.append((self.val_any_resolution, True))
+        options = self._options() | {"persistent_workers": self.persistent_workers and self.num_workers > 0}
+        loaders = []
+        for side, own_size in sides:
+            items = evaluation_items(sizes, side, own_size, self.val_limit)
+            batches = deal_batches(items, self.val_batch_size, *replica(self.trainer))
+            loaders.append(BatchLoader(PlannedImages(stores), batches, **options))
+        return loaders
+
+    def _options(self) -> dict[str, Any]:
+        has_accelerator = self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
+        return {
+            "num_workers": self.num_workers,
+            "prefetch_factor": self.prefetch if self.num_workers else None,
+            "pin_memory": self.pin_memory and has_accelerator,
+        }
+
+    def _train_stores(self) -> list[ImageStore]:
+        return [self._store(source.path) for source in self.train_sources]
+
+    def _store(self, path: str) -> ImageStore:
+        if path not in self._stores:
+            try:
+                store = ImageStore(path)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{error} (`illume prepare` makes stores)") from error
+            if not len(store):
+                raise ValueError(f"{path} has no images; make it again with `illume prepare`")
+            self._stores[path] = store
+        return self._stores[path]
+
+    def _fingerprint(self) -> str:
+        stores = [
+            (store.manifest.fingerprint, source.weight)
+            for store, source in zip(self._train_stores(), self.train_sources, strict=True)
+        ]
+        return hashlib.sha256(json.dumps([stores, self.seed, self.shuffle_window]).encode()).hexdigest()
+
+
+def replica(trainer: L.Trainer | None) -> tuple[int, int]:
+    """Number of this device among those that read different data, and how many there are."""
+    sampler = None if trainer is None else trainer.distributed_sampler_kwargs
+    return (0, 1) if sampler is None else (sampler["rank"], sampler["num_replicas"])

@@ -1,0 +1,331 @@
+"""Training and evaluation of DualViTok (paper 3.1, 3.4, Table 1)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+
+from illume_lightning.lit.codebook_usage import CodebookUsage
+from illume_lightning.lit.datamodule import ImageBatch
+from illume_lightning.lit.reconstruction_metrics import ReconstructionMetrics
+from illume_lightning.nn.discriminator import PatchDiscriminator
+from illume_lightning.nn.dualvitok import DualViTok, DualViTokOutput
+from illume_lightning.nn.losses import DualViTokLoss, Perceptual
+
+
+@dataclass
+class CodebookStart:
+    """A start for worlds too small to fill a codebook from nothing; the paper's configs don't use it."""
+
+    steps: int
+    """Training steps as a plain autoencoder, before anything is quantised."""
+
+    latent_noise: float = 0.1
+    """Standard deviation of the noise on the latents in these steps."""
+
+    batches: int = 32
+    """Training batches whose latents the codebooks start from (k-means)."""
+
+
+def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """The paper's optimizer: AdamW without weight decay at a constant 1e-4 (paper 4.1; betas: release)."""
+    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+class DualViTokModule(L.LightningModule):
+    """One generator and one discriminator step per training step, by manual optimisation.
+
+    ``trainer.max_steps``, ``global_step`` and every schedule count training steps, once each, whatever the
+    number of optimizers and of micro-batches in a step.
+
+    Args:
+        model: the tokenizer.
+        loss: the generator's and discriminator's loss with their weights.
+        perceptual: LPIPS network; ``None`` trains without the perceptual loss.
+        discriminator: PatchGAN; ``None`` trains without the GAN loss.
+        optimizer: of the tokenizer's trainable parameters.
+        discriminator_optimizer: of the discriminator.
+        lr_scheduler: stepped once per training step for each optimizer; ``None`` is the paper's constant rate.
+        gradient_clip: largest gradient norm, for each of the two (official release: 1.0); 0 turns it off.
+        codebook_start: warm-up and data-dependent codebooks for small worlds.
+        fid_features: feature network of the Frechet distance in validation; ``None`` leaves it out. Only the
+            Inception network of torch-fidelity makes it an rFID.
+    """
+
+    accumulation: int = 1
+    """Micro-batches per training step; the resolution curriculum sets it."""
+
+    def __init__(
+        self,
+        model: DualViTok,
+        loss: DualViTokLoss,
+        perceptual: Perceptual | None = None,
+        discriminator: PatchDiscriminator | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        discriminator_optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_clip: float = 1.0,
+        codebook_start: CodebookStart | None = None,
+        fid_features: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        if (perceptual is None) != (loss.perceptual_weight == 0):
+            raise ValueError(
+                f"loss.perceptual_weight is {loss.perceptual_weight} and perceptual is "
+                f"{'missing' if perceptual is None else 'given'}: give both, or set the weight to 0 and leave "
+                "perceptual out."
+            )
+        if (discriminator is None) != (loss.adversarial_weight == 0):
+            raise ValueError(
+                f"loss.adversarial_weight is {loss.adversarial_weight} and discriminator is "
+                f"{'missing' if discriminator is None else 'given'}: give both, or set the weight to 0 and "
+                "leave discriminator out."
+            )
+        self.model = model
+        self.loss = loss
+        self.discriminator = discriminator
+        # Fixed networks stay out of the module tree: they have no place in checkpoints, DDP or EMA.
+        self._fixed: dict[str, nn.Module] = {}
+        if perceptual is not None:
+            self._fixed["perceptual"] = perceptual
+        self._metrics: dict[str, ReconstructionMetrics] = {}
+        self._fid_features = fid_features
+        self._usage: dict[str, CodebookUsage] = {}
+        self._optimizer, self._discriminator_optimizer = optimizer, discriminator_optimizer
+        self._lr_scheduler = lr_scheduler
+        self.gradient_clip = gradient_clip
+        self.codebook_start = codebook_start
+        self._micro = 0
+
+    # -- optimizers ------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+        """The tokenizer's optimizer, the discriminator's where there is one, and a schedule for each."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        optimizers = [self._optimizer(trainable)]
+        if self.discriminator is not None:
+            optimizers.append(self._discriminator_optimizer(self.discriminator.parameters()))
+        if self._lr_scheduler is None:
+            return optimizers, []
+        return optimizers, [self._lr_scheduler(optimizer) for optimizer in optimizers]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip here: in fp16 Lightning has unscaled the gradients by now, and not before."""
+        if self.gradient_clip > 0:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
+            is_discriminator = optimizer is not self._both_optimizers()[0].optimizer
+            name = "discriminator" if is_discriminator else "generator"
+            self.log(f"train/{name}_grad_norm", norm)
+
+    def _both_optimizers(self) -> list[LightningOptimizer]:
+        optimizers = self.optimizers()
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else scaler.get_scale()
+
+    # -- training --------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Bring what is outside the module tree to the device, and start counting codes."""
+        self._place_fixed()
+        self._usage = {
+            name: CodebookUsage(quantizer.codebook_size).to(self.device)
+            for name, quantizer in self.model.quantizers.items()
+        }
+
+    def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Start the codebooks from data at the end of the warm-up."""
+        start = self.codebook_start
+        if start is not None and self.global_step == start.steps and self._micro == 0:
+            self._start_codebooks(start)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """One micro-batch; the optimizers step at the last one of a training step."""
+        images = to_float(batch.images)
+        optimizers = self._both_optimizers()
+        output = self.model(images, self._latent_noise())
+        # Before the discriminator sees it: a NaN would stay in its running statistics.
+        self._require_finite({"reconstruction": output.reconstruction}, batch)
+        adversarial = self.discriminator is not None and self.loss.is_adversarial(self.global_step)
+        with _frozen(self.discriminator):
+            logits = self.discriminator(output.reconstruction) if adversarial else None
+            terms = self.loss.generator(
+                images,
+                output,
+                perceptual=self._fixed.get("perceptual"),
+                fake_logits=logits,
+                last_layer=self.model.pixel_decoder.last_layer,
+            )
+        self._require_finite(terms, batch)
+        self.manual_backward(terms["loss"] / self.accumulation)
+        if adversarial:
+            terms |= self._discriminator_backward(images, output.reconstruction.detach(), batch)
+        self._log_training(terms, output, images.shape[0])
+        self._micro += 1
+        if self._micro < self.accumulation:
+            return
+        self._micro = 0
+        self._step(optimizers, adversarial)
+
+    def _discriminator_backward(self, images: Tensor, fake: Tensor, batch: ImageBatch) -> dict[str, Tensor]:
+        assert self.discriminator is not None
+        terms = self.loss.discriminator(self.discriminator(images), self.discriminator(fake))
+        self._require_finite(terms, batch)
+        self.manual_backward(terms["discriminator_loss"] / self.accumulation)
+        return terms
+
+    def _step(self, optimizers: list[LightningOptimizer], adversarial: bool) -> None:
+        scale = self._loss_scale()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        if adversarial:
+            _rescale(optimizers[1], self._loss_scale() / scale)
+            with _uncounted(optimizers[1]):
+                optimizers[1].step()
+            optimizers[1].zero_grad()
+        schedulers = self.lr_schedulers()
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            if scheduler is not None:
+                scheduler.step()
+
+    def _latent_noise(self) -> float | None:
+        start = self.codebook_start
+        return start.latent_noise if start is not None and self.global_step < start.steps else None
+
+    @torch.no_grad()
+    def _start_codebooks(self, start: CodebookStart) -> None:
+        self.model.eval()
+        gathered: dict[str, list[Tensor]] = {name: [] for name in self.model.quantizers}
+        for images in self.trainer.datamodule.sample_images(start.batches):
+            latents, _ = self.model.latents(to_float(images.to(self.device)))
+            for name, values in gathered.items():
+                values.append(latents[name].float().permute(0, 2, 3, 1).flatten(0, 2))
+        self.model.train()
+        for name, quantizer in self.model.quantizers.items():
+            features = self.all_gather(torch.cat(gathered[name])).flatten(0, -2)
+            quantizer.initialise_codebook(features, generator=torch.Generator().manual_seed(0))
+
+    def _require_finite(self, terms: dict[str, Tensor], batch: ImageBatch) -> None:
+        broken = [name for name, value in terms.items() if not torch.isfinite(value).all()]
+        if broken:
+            samples = [f"{d}:{i}" for d, i in zip(batch.dataset.tolist(), batch.index.tolist(), strict=True)]
+            raise FloatingPointError(
+                f"{', '.join(broken)} is not finite at training step {self.global_step} "
+                f"(size {tuple(batch.images.shape[-2:])}, samples dataset:index {' '.join(samples)}). No "
+                "optimizer has stepped on it; the last checkpoint is good. Look at these pictures, or lower "
+                "the learning rate, or use bf16-mixed instead of 16-mixed."
+            )
+
+    def _log_training(self, terms: dict[str, Tensor], output: DualViTokOutput, batch_size: int) -> None:
+        for name, value in terms.items():
+            on_bar = name in ("loss", "pixel_loss")
+            self.log(f"train/{name}", value, prog_bar=on_bar, batch_size=batch_size)
+        if self._latent_noise() is None:
+            codes = output.encoded.codes
+            for name, usage in self._usage.items():
+                usage.update(getattr(codes, name))
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """New metrics for every validation size, and the training codebooks' health since the last time."""
+        self._place_fixed()
+        for name, usage in self._usage.items():
+            if usage.counts.sum() > 0 and not self.trainer.sanity_checking:
+                self._log_health(f"train/{name}", usage)
+                usage.reset()
+        self._metrics = {
+            name: ReconstructionMetrics(
+                {branch: q.codebook_size for branch, q in self.model.quantizers.items()},
+                perceptual=self._fixed.get("perceptual"),
+                fid_features=self._fid_features,
+            ).to(self.device)
+            for name in self.trainer.datamodule.val_names
+        }
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Reconstruct a batch; returns the reconstruction (B, 3, H, W) in [-1, 1] for the picture grids."""
+        images = to_float(batch.images)
+        output = self.model(images)
+        reconstruction = output.reconstruction.float().clamp(-1, 1)
+        name = self.trainer.datamodule.val_names[dataloader_idx]
+        self._metrics[name].update(images, reconstruction, output)
+        return reconstruction
+
+    def on_validation_epoch_end(self) -> None:
+        """Log every size's metrics as ``val/<size>/<metric>``."""
+        for name, metrics in self._metrics.items():
+            for metric, value in metrics.compute().items():
+                on_bar = metric == "psnr" and name == next(iter(self._metrics))
+                self.log(f"val/{name}/{metric}", value, prog_bar=on_bar, rank_zero_only=False)
+
+    on_test_start = on_validation_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Reconstruct a batch: uint8 (B, 3, H, W)."""
+        output = self.model(to_float(batch.images))
+        return to_uint8(output.reconstruction)
+
+    def _log_health(self, prefix: str, usage: CodebookUsage) -> None:
+        health = usage.compute()
+        for field, value in health._asdict().items():
+            self.log(f"{prefix}_{field}", value.float())
+
+    def _place_fixed(self) -> None:
+        for module in self._fixed.values():
+            module.to(self.device)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float (B, 3, H, W) in [-1, 1], clamped -> uint8, rounded."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+@contextmanager
+def _uncounted(optimizer: LightningOptimizer) -> Iterator[None]:
+    """Lightning's ``global_step`` counts every optimizer's steps; a training step is the generator's alone."""
+    hooks: tuple[Callable[[], None], Callable[[], None]] = (optimizer._on_before_step, optimizer._on_after_step)
+    optimizer._on_before_step = optimizer._on_after_step = lambda: None
+    try:
+        yield
+    finally:
+        optimizer._on_before_step, optimizer._on_after_step = hooks
+
+
+@contextmanager
+def _frozen(module: nn.Module | None) -> Iterator[None]:
+    """Keep the generator's backward pass out of the discriminator's gradients."""
+    if module is None:
+        yield
+        return
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+def _rescale(optimizer: LightningOptimizer, ratio: float) -> None:
+    """fp16: the generator's step may have changed the loss scale that these gradients were made with."""
+    if ratio != 1.0:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(ratio)

@@ -1,0 +1,355 @@
+"""Preparation: every kind of source, the same bytes after any interruption, and clear refusals."""
+
+import errno
+import fcntl
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from litdata.streaming.writer import BinaryWriter
+from PIL import Image
+
+from illume_lightning.data.image import decode, encode_png
+from illume_lightning.data.prepare import prepare_images
+from illume_lightning.data.store import ImageStore
+
+NUM_IMAGES = 25
+
+
+def pixels(number: int) -> np.ndarray:
+    random = np.random.default_rng(number)
+    return random.integers(0, 256, (20 + number % 3, 24, 3), np.uint8)
+
+
+def jpeg(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(number)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """25 pictures in two subfolders, captions for even numbers, one broken and one gray file, and things to ignore."""
+    root = tmp_path_factory.mktemp("source") / "pictures"
+    for number in range(NUM_IMAGES):
+        path = root / f"sub{number % 2}" / f"{number:02d}.{'JPG' if number % 5 else 'png'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(number) if number % 5 else encode_png(pixels(number)))
+        if number % 2 == 0:
+            path.with_suffix(".txt").write_text(f" caption {number} \n")
+    (root / "sub0" / "broken.jpg").write_bytes(jpeg(3)[:200])
+    Image.fromarray(pixels(0)[..., 0]).save(root / "gray.png")
+    (root / "notes.md").write_text("not an image")
+    (root / ".hidden.png").write_bytes(encode_png(pixels(0)))
+    return root
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_folder(folder: Path, tmp_path: Path) -> None:
+    manifest = prepare_images([str(folder)], tmp_path / "out", part_items=10)[""]
+    store = ImageStore(tmp_path / "out")
+    store.verify()
+    assert len(store) == manifest.written == NUM_IMAGES + 1
+    assert manifest.converted == {"gray": 1}
+    assert manifest.dropped["damaged"].examples == ("pictures/sub0/broken.jpg",)
+    names = sorted(path for path in folder.rglob("*.*") if path.suffix in (".JPG", ".png") and path.name[0] != ".")
+    for index, path in enumerate(names):
+        record = store.read(index)
+        if path.name == "gray.png":
+            assert (decode(record.image) == pixels(0)[..., :1]).all()
+            continue
+        number = int(path.stem)
+        assert record.image == path.read_bytes()
+        assert record.caption == (f"caption {number}" if number % 2 == 0 else "") and record.meta == "{}"
+        assert store.sizes[index].tolist() == [20 + number % 3, 24]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("part_items", [1, 3, 100])
+def test_webdataset_tar(tmp_path: Path, part_items: int) -> None:
+    long_name = "folder/" + "n" * 200  # needs an extra header in front of the file's own
+    first = tar(tmp_path / "a.tar", {
+        "00.jpg": jpeg(0), "00.txt": b"zero",
+        "01.json": b'{"caption": "one", "url": "u"}', "01.png": encode_png(pixels(1)), "01.npy": b"not read",
+        f"{long_name}.webp.txt": b"no image here",
+        f"{long_name}2.jpg": jpeg(2),
+        "03.jpg": jpeg(3), "03.seg.png": encode_png(pixels(9)), "03.json": b"{broken",
+        "._04.jpg": b"mac", "../05.jpg": jpeg(5), "../05.txt": "f\u00fcnf".encode(),
+    })  # fmt: skip
+    second = tar(tmp_path / "b.tar", {"00.jpg": jpeg(6)})
+    manifest = prepare_images([str(first), str(second)], tmp_path / "out", part_items=part_items)[""]
+    store = ImageStore(tmp_path / "out")
+    records = [store.read(index) for index in range(len(store))]
+    assert [record.image for record in records] == [jpeg(0), encode_png(pixels(1)), jpeg(2), jpeg(5), jpeg(6)]
+    assert [record.caption for record in records] == ["zero", "one", "", "f\u00fcnf", ""]
+    assert json.loads(records[1].meta) == {"caption": "one", "url": "u"}
+    assert manifest.dropped["no image in the sample"].examples == (f"a.tar/{long_name}",)
+    assert manifest.dropped["json not readable"].examples == ("a.tar/03",)
+    assert sorted(os.listdir(tmp_path)) == ["a.tar", "b.tar", "out"]  # nothing was extracted, inside or outside
+
+
+def test_damaged_tars_are_named(tmp_path: Path) -> None:
+    good = tar(tmp_path / "good.tar", {f"{n:02d}.jpg": jpeg(n) for n in range(5)}).read_bytes()
+    for name, data in {
+        "cut.tar": good[:1500],
+        "header.tar": good[:1536] + b"x" * 512 + good[2048:],
+        "zip.tar": b"PK\3\4" + bytes(2000),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"{name} is damaged or is no uncompressed tar"):
+            prepare_images([str(tmp_path / name)], tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("kind", ["struct", "binary"])
+def test_parquet(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    images = [jpeg(number) if number != 4 else None for number in range(12)]
+    captions = [f"caption {number}" if number else None for number in range(12)]
+    column = [{"bytes": data, "path": None} for data in images] if kind == "struct" else images
+    table = pyarrow.table({"id": list(range(12)), "picture": column, "text": captions, "note": ["n"] * 12})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    out = tmp_path / "out"
+    manifest = prepare_images([str(tmp_path)], out, part_items=5)[""]
+    store = ImageStore(out)
+    assert [store.read(index).image for index in range(len(store))] == [data for data in images if data]
+    assert store.read(1).caption == "caption 1" and store.read(0).caption == ""
+    assert manifest.dropped["no image bytes in the row"].examples == (f"{tmp_path.name}/a.parquet#4",)
+    prepare_images([str(tmp_path / "a.parquet")], out, caption_column="note", overwrite=True)
+    assert ImageStore(out).read(0).caption == "n"
+    for options, message in [
+        ({"image_column": "id"}, r"no image column 'id'; .* \['picture'\]"),
+        ({"caption_column": "words"}, r"no text column 'words'; .* \['text', 'note'\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prepare_images([str(tmp_path / "a.parquet")], tmp_path / "other", **options)
+    (tmp_path / "b.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="b.parquet is not a readable parquet file"):
+        prepare_images([str(tmp_path / "b.parquet")], tmp_path / "other")
+
+
+def test_holdout_is_by_content(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "again").mkdir()
+    for path in folder.rglob("*.JPG"):
+        (tmp_path / "again" / f"copy-{path.name}").write_bytes(path.read_bytes())
+    prepare_images([str(folder), str(tmp_path / "again")], tmp_path / "out", holdout=0.4)
+    stores = {split: ImageStore(tmp_path / "out" / split) for split in ("train", "val")}
+    images = {split: {store.read(i).image for i in range(len(store))} for split, store in stores.items()}
+    assert not images["train"] & images["val"]
+    assert len(stores["train"]) + len(stores["val"]) == NUM_IMAGES + 1 + 20
+    assert 5 < len(stores["val"]) < len(stores["train"])
+    with pytest.raises(ValueError, match=r"no usable image for the split 'val'"):
+        prepare_images([str(folder)], tmp_path / "tiny", holdout=1e-9)
+    assert not (tmp_path / "tiny.partial").exists()
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """An uninterrupted preparation in one process."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    prepare_images([str(folder)], out, part_items=4, holdout=0.3)
+    return content(out)
+
+
+def test_killed_at_every_rename_and_continued(folder: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    num_kills = 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            replace, remaining = os.replace, [num_kills]
+
+            def count_down(source: str, target: str) -> None:
+                if remaining[0] == 0:
+                    os._exit(9)
+                remaining[0] -= 1
+                replace(source, target)
+
+            os.replace = count_down
+            prepare_images([str(folder)], out, part_items=4, holdout=0.3)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 0:
+            break
+        assert status == 9 and not out.exists()
+        if num_kills % 3:  # sometimes leave the remains of several kills behind
+            prepare_images([str(folder)], out, part_items=4, holdout=0.3)
+            assert content(out) == reference
+            out.rename(tmp_path / f"done{num_kills}")
+        num_kills += 1
+    assert num_kills > 10
+    assert content(out) == reference
+
+
+SCRIPT = """
+import sys
+from illume_lightning.data.prepare import prepare_images
+if __name__ == "__main__":
+    prepare_images([sys.argv[1]], sys.argv[2], part_items=4, holdout=0.3, num_workers=2)
+"""
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Ids of the processes that work in a folder (Linux)."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cwd").readlink() == folder and "Z" not in (entry / "stat").read_text().split()[2]:
+                found.append(int(entry.name))
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks at /proc")
+def test_kill_9_with_workers_and_continued(folder: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / "script.py"), str(folder), str(out)]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out.partial" / "parts").glob("[0-9]*.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while processes_of(tmp_path):  # the workers must not outlive the main process
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert content(out) == reference
+
+
+def test_again_does_nothing(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "out"
+    first = prepare_images([str(folder)], out)
+    before = {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")]}
+    with caplog.at_level("INFO"):
+        assert prepare_images([str(folder)], out, num_workers=3) == first
+    assert f"{out} is complete already" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")]} == before
+
+
+def test_other_options_or_inputs_are_refused_or_overwrite(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare_images([str(folder)], out)
+    with pytest.raises(ValueError, match="min_side was 16, is now 21.*overwrite=True"):
+        prepare_images([str(folder)], out, min_side=21)
+    source = tmp_path / "one"
+    source.mkdir()
+    (source / "a.png").write_bytes(encode_png(pixels(1)))
+    with pytest.raises(ValueError, match="inputs was"):
+        prepare_images([str(source)], out)
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="mine.txt, which is not part of the store"):
+        prepare_images([str(source)], out, overwrite=True)
+    (out / "mine.txt").unlink()
+    prepare_images([str(source)], out, overwrite=True, holdout=0.0)
+    assert len(ImageStore(out)) == 1 and os.listdir(tmp_path) != []
+    assert sorted(os.listdir(tmp_path)) == ["one", "out"]
+    (source / "a.png").write_bytes(encode_png(pixels(2)))
+    with pytest.raises(ValueError, match="inputs was"):
+        prepare_images([str(source)], out)
+
+
+def test_foreign_folders_are_left_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="thesis exists and is not a store"):
+            prepare_images([str(folder)], tmp_path / "thesis", overwrite=overwrite)
+    (tmp_path / "empty").mkdir()
+    assert prepare_images([str(folder)], tmp_path / "empty")[""].written == NUM_IMAGES + 1
+
+
+def test_full_disk_keeps_finished_parts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[str, bytes]
+) -> None:
+    out, write = tmp_path / "out", BinaryWriter.write_chunk_to_file
+    written = []
+
+    def fill(self: BinaryWriter, data: bytes, name: str, **options: bool) -> None:
+        if len(written) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(name)
+        write(self, data, name, **options)
+
+    monkeypatch.setattr(BinaryWriter, "write_chunk_to_file", fill)
+    with pytest.raises(OSError, match="no space left for .*out.partial; finished parts are kept") as caught:
+        prepare_images([str(folder)], out, part_items=4, holdout=0.3)
+    assert caught.value.errno == errno.ENOSPC and not out.exists()
+    parts = tmp_path / "out.partial" / "parts"
+    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("[0-9]*")}
+    assert list(done) and all(name.endswith(".json") for name in done)  # no scratch is left to fill the disk
+    with pytest.raises(ValueError, match="interrupted preparation from other inputs or with other options"):
+        prepare_images([str(folder)], out, part_items=5, holdout=0.3)
+    monkeypatch.undo()
+    prepare_images([str(folder)], out, part_items=4, holdout=0.3)
+    assert content(out) == reference
+
+
+def test_overwrite_starts_an_interrupted_preparation_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[str, bytes]
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr("illume_lightning.data.writer._finish", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        prepare_images([str(folder)], tmp_path / "out", part_items=3)
+    assert list((tmp_path / "out.partial").glob("chunk-*"))
+    prepare_images([str(folder)], tmp_path / "out", part_items=4, holdout=0.3, overwrite=True)
+    assert content(tmp_path / "out") == reference  # and no chunk of the first one
+
+
+def test_two_at_once_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial" / "parts").mkdir(parents=True)
+    with (tmp_path / "out.partial" / "parts" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match="another process is writing"):
+            prepare_images([str(folder)], tmp_path / "out")
+    prepare_images([str(folder)], tmp_path / "out")
+
+
+def test_sources_without_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        prepare_images([str(tmp_path / "nowhere")], tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").write_text("only text")
+    with pytest.raises(ValueError, match=r"empty has no images.*\.jpg"):
+        prepare_images([str(tmp_path / "empty")], tmp_path / "out")
+    (tmp_path / "empty" / "a.png").write_bytes(b"")
+    (tmp_path / "empty" / "b.png").write_bytes(encode_png(np.zeros((5, 50, 3), np.uint8)))
+    with pytest.raises(ValueError, match=r"no usable image \(dropped: 1 empty, 1 side below 16 px\)"):
+        prepare_images([str(tmp_path / "empty")], tmp_path / "out")
+    assert os.listdir(tmp_path) == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"holdout": 1.0}, "1.0"), ({"part_items": 0}, "0"), ({"num_workers": -1}, "-1"), ({"chunk_megabytes": 0}, "0")],
+)
+def test_options_out_of_range(folder: Path, tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare_images([str(folder)], tmp_path / "out", **options)

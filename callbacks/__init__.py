@@ -1,6 +1,7 @@
 """Lightning callbacks: phases, exact resume, hand-over between stages, pictures, speed and results."""
 
 from callbacks.exact_resume import ExactResume
+from callbacks.phase_progress_bar import PhaseProgressBar
 from callbacks.reconstruction_grid import ReconstructionGrid
 from callbacks.resolution_curriculum import ResolutionCurriculum
 from callbacks.result_table import ResultTable
@@ -9,6 +10,7 @@ from callbacks.warm_start import WarmStart
 
 __all__ = [
     "ExactResume",
+    "PhaseProgressBar",
     "ReconstructionGrid",
     "ResolutionCurriculum",
     "ResultTable",

@@ -23,8 +23,9 @@ class ExactResume(L.Callback):
     """
 
     def __init__(self) -> None:
-        self._pending: dict[str, Any] | None = None
         self._saved: list[dict[str, Any]] = []
+        self._latest: dict[str, Any] | None = None
+        self._pending: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The generators of all processes; every process has to call it."""
@@ -41,6 +42,7 @@ class ExactResume(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pick this process's generators."""
+        self._latest = None
         saved, self._saved = self._saved, []
         if len(saved) == trainer.world_size:
             self._pending = saved[trainer.global_rank]
@@ -60,10 +62,16 @@ class ExactResume(L.Callback):
             _restore(self._pending)
             self._pending = None
 
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the generators, as a validation's loaders draw from them before anyone is told of it."""
+        self._latest = _capture()
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember the generators of training."""
-        if trainer.state.fn == "fit" and self._pending is None:
-            self._pending = _capture()
+        """Mark the generators as those to go on with."""
+        if self._pending is None:
+            self._pending = self._latest
 
 
 def _capture() -> dict[str, Any]:

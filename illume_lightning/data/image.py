@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Raster formats only: Pillow also opens formats that start other programs (EPS) or have no fixed size.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -23,7 +23,7 @@ _MODE_NAMES = {"1": "gray", "L": "gray", "LA": "gray", "P": "palette", "PA": "pa
 _ORIENTATION_TAG = 0x0112
 _MAX_PIXELS = 2 * (1024 * 1024 * 1024 // 4 // 3)  # 178,956,970: where Pillow itself refuses an image
 
-# What Pillow's decoders raise on damaged bytes, collected by truncating and overwriting files of every format.
+# What Pillow's decoders raise on damaged bytes, found by cutting and overwriting files of every format.
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError, TypeError,
            RuntimeError, OverflowError, ZeroDivisionError)  # fmt: skip
 
@@ -143,7 +143,7 @@ def _load(data: bytes, limits: Limits) -> tuple[Image.Image, list[str]] | Droppe
     """Open, check the header against the limits, decode the first frame and turn it upright."""
     converted: list[str] = []
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > limits.max_pixels:
             return Dropped("too many pixels")
         if min(image.size) < limits.min_side:
@@ -164,7 +164,7 @@ def _load(data: bytes, limits: Limits) -> tuple[Image.Image, list[str]] | Droppe
             converted.append("rotated")
     except Image.DecompressionBombError:
         return Dropped("too many pixels")
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         return Dropped("unreadable")
     except _DAMAGE:
         return Dropped("damaged")

@@ -23,6 +23,7 @@ class ImageBatch(NamedTuple):
     Args:
         images: RGB, uint8 (B, 3, H, W), 0 to 255.
         captions: B texts.
+        metas: B texts, JSON of whatever else the records hold.
         dataset: int64 (B,), number of the source.
         index: int64 (B,), record in the source's store.
         sample_number: int64 (B,), running number in the run, or in the evaluation.
@@ -30,6 +31,7 @@ class ImageBatch(NamedTuple):
 
     images: Tensor
     captions: list[str]
+    metas: list[str]
     dataset: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     sample_number: Tensor
@@ -55,7 +57,7 @@ class PlannedImages(Dataset[ImageBatch]):
         Raises:
             ValueError: if an image is damaged; names the store and the record.
         """
-        captions, images = [], []
+        captions, metas, images = [], [], []
         for item in items:
             record = self.stores[item.dataset].read(item.index)
             flip = is_flipped(self.seed, item.sample_number, self.horizontal_flip)
@@ -67,8 +69,9 @@ class PlannedImages(Dataset[ImageBatch]):
                     "copy the store again or prepare it again"
                 ) from error
             captions.append(record.caption)
+            metas.append(record.meta)
         numbers = torch.tensor([[item.dataset, item.index, item.sample_number] for item in items])
-        return ImageBatch(torch.stack(images), captions, *numbers.unbind(dim=1))
+        return ImageBatch(torch.stack(images), captions, metas, *numbers.unbind(dim=1))
 
 
 class PlanBatches:
@@ -162,29 +165,24 @@ class PlanLoader(BatchLoader):
             )
 
 
-def evaluation_items(
-    sizes: Sequence[np.ndarray], side: int, own_size: bool, limit: int | None = None
-) -> list[PlanItem]:
-    """Every image once, or `limit` of them spread evenly, sorted by target size.
+def evaluation_items(sizes: np.ndarray, side: int, own_size: bool, limit: int | None = None) -> list[PlanItem]:
+    """Every image of a store once, or `limit` of them spread evenly, sorted by target size.
 
     Args:
-        sizes: for each store (N, 2), heights and widths in pixels.
+        sizes: (N, 2), heights and widths in pixels.
         side: side of squares, or with `own_size` square root of the largest area, in pixels.
         own_size: keep every image's own size, rounded to multiples of 16.
         limit: most items.
     """
-    places = [(dataset, index) for dataset, rows in enumerate(sizes) for index in range(len(rows))]
-    if limit is not None and limit < len(places):
-        places = [places[number * len(places) // limit] for number in range(limit)]
+    count = len(sizes) if limit is None else min(limit, len(sizes))
 
-    def target(dataset: int, index: int) -> Size:
-        height, width = sizes[dataset][index].tolist()
+    def target(index: int) -> Size:
+        height, width = sizes[index].tolist()
         return any_resolution(height, width, side) if own_size else (side, side)
 
-    placed = sorted((target(*place), *place) for place in places)
+    placed = sorted((target(index), index) for index in (i * len(sizes) // count for i in range(count)))
     return [
-        PlanItem(dataset, index, size, number, stretch=own_size)
-        for number, (size, dataset, index) in enumerate(placed)
+        PlanItem(0, index, size, number, stretch=own_size) for number, (size, index) in enumerate(placed)
     ]
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from illume_lightning.data.store import INDEX, sha256
 
 PARTS = "parts"
+SCRATCH_SUFFIX = ".writing"
 MAX_EXAMPLES = 20
 
 
@@ -74,6 +75,10 @@ def record_path(work: Path, number: int) -> Path:
 def write_part(work: Path, number: int, part: Part, splits: tuple[str, ...], chunk_bytes: int) -> None:
     """Write one part's chunks and, last, its record.
 
+    A record is a tuple of bytes: image, caption, meta. Dicts are not used, because LitData stores dicts of
+    bytes and text as Arrow batches if pyarrow is there, and then copies 256 records to read one. Text is
+    not used, because LitData stores the content of a file in place of a text that happens to be its path.
+
     Args:
         work: The working folder; the stores grow in it, under the names of their splits.
         number: Position of the part, which decides the names of its chunks.
@@ -83,11 +88,11 @@ def write_part(work: Path, number: int, part: Part, splits: tuple[str, ...], chu
     """
     from litdata.streaming.writer import BinaryWriter
 
-    scratch = work / PARTS / f"{number:06d}.writing"
+    scratch = work / PARTS / f"{number:06d}{SCRATCH_SUFFIX}"
     folders = {split: scratch / f"split-{split}" for split in splits}
     tallies = {split: _Tally() for split in splits}
     try:
-        writers = {split: BinaryWriter(str(folder), chunk_bytes=chunk_bytes) for split, folder in folders.items()}
+        writers = {split: BinaryWriter(str(folders[split]), chunk_bytes=chunk_bytes) for split in splits}
         with warnings.catch_warnings():
             # An image larger than a chunk gets a chunk of its own, which is fine.
             warnings.filterwarnings("ignore", "An item was larger than the target chunk size")
@@ -96,15 +101,15 @@ def write_part(work: Path, number: int, part: Part, splits: tuple[str, ...], chu
                 if isinstance(item, Lost):
                     tally.dropped[item.reason].append(item.name)
                     continue
-                # A tuple, not a dict: with pyarrow installed, LitData would store dicts of bytes and text as Arrow
-                # batches, and then copy 256 records to read one, and need pyarrow for it.
-                writers[item.split].add_item(len(tally.sizes), (item.image, item.caption, item.meta))
+                texts = (text.encode("utf-8", "replace") for text in (item.caption, item.meta))
+                writers[item.split].add_item(len(tally.sizes), (item.image, *texts))
                 tally.sizes.append((item.height, item.width))
                 tally.converted.update(item.converted)
             for writer in writers.values():
                 writer.done()
         stores = {
-            split: _entry(tallies[split], *_place_chunks(folders[split], work / split, number)) for split in splits
+            split: _entry(tallies[split], *_place_chunks(folders[split], work / split, number))
+            for split in splits
         }
         write_text(record_path(work, number), json.dumps(stores))
     finally:
@@ -113,7 +118,7 @@ def write_part(work: Path, number: int, part: Part, splits: tuple[str, ...], chu
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there in full or not at all, even after a power cut."""
-    scratch = path.with_name(path.name + ".writing")
+    scratch = path.with_name(path.name + SCRATCH_SUFFIX)
     with scratch.open("w") as file:
         file.write(text)
         file.flush()
@@ -124,7 +129,8 @@ def write_text(path: Path, text: str) -> None:
 def _entry(tally: _Tally, chunks: list[dict[str, Any]], config: dict[str, Any] | None) -> dict[str, Any]:
     """What the part's record says of one store."""
     dropped = {
-        reason: {"count": len(names), "examples": names[:MAX_EXAMPLES]} for reason, names in tally.dropped.items()
+        reason: {"count": len(names), "examples": names[:MAX_EXAMPLES]}
+        for reason, names in tally.dropped.items()
     }
     return {
         "chunks": chunks,
@@ -135,8 +141,14 @@ def _entry(tally: _Tally, chunks: list[dict[str, Any]], config: dict[str, Any] |
     }
 
 
-def _place_chunks(scratch: Path, folder: Path, number: int) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Give a part's chunks their final names; return LitData's entries for them, with hashes, and its config."""
+def _place_chunks(
+    scratch: Path, folder: Path, number: int
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Give a part's chunks their final names.
+
+    Returns:
+        LitData's entries for the chunks, with a sha256 each, and LitData's config; None if there are none.
+    """
     indexes = list(scratch.glob(f"*.{INDEX}"))  # LitData puts the process's rank in front
     if not indexes:  # nothing of this part is in this split
         return [], None

@@ -1,5 +1,6 @@
 """Preparing a user's own images: any folder, webdataset or parquet collection to a store."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from illume_lightning.data.image import Limits
@@ -49,25 +50,18 @@ def prepare_images(
     Raises:
         ValueError: If an option is out of range, a source has no images, or `output` holds something else.
         RuntimeError: If another process is writing `output`.
-        OSError: If the disk is full; what is finished is kept.
+        OSError: If the disk is full; finished parts are kept.
     """
-    if not 0 <= holdout < 1:
-        raise ValueError(f"holdout is {holdout}; it is a share of the images, from 0 to below 1")
     if part_items < 1:
         raise ValueError(f"part_items is {part_items}; it must be at least 1")
     rules = Rules(Limits(min_side, max_side), holdout)
     inputs = find_inputs(sources)
+    names = [Path(source).resolve().name for source in sources]
     identity = {
-        "kind": "images",
-        "sources": [Path(source).resolve().name for source in sources],
-        "inputs": inputs.fingerprint,
-        "holdout": holdout,
-        "min_side": min_side,
-        "max_side": max_side,
-        "image_column": image_column,
-        "caption_column": caption_column,
-        "part_items": part_items,
-    }
+        "kind": "images", "sources": names, "inputs": inputs.fingerprint, "part_items": part_items,
+        "holdout": holdout, **asdict(rules.limits),
+        "image_column": image_column, "caption_column": caption_column,
+    }  # fmt: skip
     return write_stores(
         output,
         identity,

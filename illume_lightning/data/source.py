@@ -27,10 +27,17 @@ class Rules:
         limits: Which images are kept, and at which size.
         holdout: Share of the images that goes to the split "val", the rest going to "train"; with 0 there
             are no splits.
+
+    Raises:
+        ValueError: If `holdout` is out of range.
     """
 
     limits: Limits
     holdout: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout is {self.holdout}; it is a share of the images, from 0 to below 1")
 
     def split(self, data: bytes) -> str:
         """The split of an image, by a hash of its bytes: the same file is never in both."""
@@ -101,7 +108,7 @@ def find_inputs(sources: Sequence[str]) -> Inputs:
                 f"the source {source} has no images, .tar or .parquet files; "
                 f"image files end in {', '.join(sorted(SUFFIXES))}"
             )
-    return Inputs(*(tuple(found[kind]) for kind in ("image", "tar", "parquet")), digest.hexdigest())
+    return Inputs(tuple(found["image"]), tuple(found["tar"]), tuple(found["parquet"]), digest.hexdigest())
 
 
 def make_parts(
@@ -118,6 +125,7 @@ def make_parts(
 
     Raises:
         ValueError: If a tar or parquet file is damaged, or has no column of the name or type.
+        ModuleNotFoundError: If there are parquet files and pyarrow is not installed.
     """
     starts = range(0, len(inputs.images), part_items)
     parts: list[Part] = [FolderPart(inputs.images[start : start + part_items], rules) for start in starts]
@@ -173,7 +181,9 @@ class TarPart:
                 groups = _groups(archive)
                 for _, (key, _, members) in zip(range(self.num_items), groups, strict=False):
                     wanted = [next((suffix for suffix in members if suffix in SUFFIXES), ""), ".txt", ".json"]
-                    content = {suffix: _extract(archive, members[suffix]) for suffix in wanted if suffix in members}
+                    content = {
+                        suffix: _extract(archive, members[suffix]) for suffix in wanted if suffix in members
+                    }
                     yield self._sample(f"{self.file.name}/{key}", content)
 
     def _sample(self, name: str, content: dict[str, bytes]) -> Sample | Lost:
@@ -190,7 +200,7 @@ class TarPart:
         caption = _text(content[".txt"]) if ".txt" in content else ""
         captions = [caption, *(meta.get(key) for key in reversed(_CAPTION_NAMES))]
         caption = next((text for text in captions if isinstance(text, str) and text), "")
-        return self.rules.sample(name, image, caption, json.dumps(meta, ensure_ascii=False))
+        return self.rules.sample(name, image, caption, json.dumps(meta))
 
 
 @dataclass(frozen=True)
@@ -241,7 +251,7 @@ def _walk(root: Path) -> Iterator[InputFile]:
 
 
 def _kind(path: Path) -> str:
-    """ "image", "tar", "parquet", "caption", or "" for files that are not read."""
+    """One of "image", "tar", "parquet", "caption"; "" for files that are not read."""
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
         return "image"
@@ -257,7 +267,7 @@ def _groups(archive: tarfile.TarFile) -> Iterator[tuple[str, int, dict[str, tarf
     """The samples of a tar: key, offset of the first header, and members by lower-case suffix."""
     key, offset, members = "", 0, dict[str, tarfile.TarInfo]()
     while (member := archive.next()) is not None:
-        archive.members.clear()  # or the headers of the whole archive pile up in memory
+        archive.members.clear()  # type: ignore[attr-defined]  # or the headers of the whole archive pile up in memory
         folder, _, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
         if not member.isfile() or not stem:  # no stem: a hidden file
@@ -295,7 +305,8 @@ def _tar_parts(file: InputFile, rules: Rules, part_items: int) -> list[TarPart]:
                 raise tarfile.ReadError(f"bad header at byte {archive.offset}")
     except tarfile.ReadError as error:
         raise ValueError(
-            f"{file.path} is damaged or is no uncompressed tar ({error}); fetch it again, or unpack and pack it again"
+            f"{file.path} is damaged or is no uncompressed tar ({error}); "
+            "fetch it again, or unpack and pack it again"
         ) from error
     return [
         TarPart(file, offset, min(part_items, count - number * part_items), rules)
@@ -307,9 +318,11 @@ def _parquet_parts(
     file: InputFile, rules: Rules, part_items: int, image_column: str | None, caption_column: str | None
 ) -> list[ParquetPart]:
     """Gather row groups until they have enough rows."""
-    import pyarrow
-    from pyarrow import parquet
-
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"reading {file.path} needs pyarrow: pip install pyarrow") from error
     try:
         opened = parquet.ParquetFile(file.path)
     except pyarrow.ArrowInvalid as error:
@@ -332,20 +345,21 @@ def _columns(
     path: Path, schema: Any, image_column: str | None, caption_column: str | None
 ) -> tuple[str, str | None]:
     """The names of the image and caption columns of an Arrow schema."""
+    import pyarrow
     from pyarrow import types
 
     def is_image(kind: Any) -> bool:
         if types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return types.is_binary(kind) or types.is_large_binary(kind)
+            return bool(kind.get_field_index("bytes") >= 0)
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
     images = [field.name for field in schema if is_image(field.type)]
-    texts = [field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type)]
+    texts = [field.name for field in schema if field.type in (pyarrow.string(), pyarrow.large_string())]
     if image_column is None and "image" in images:
         image_column = "image"
     elif image_column is None and len(images) == 1:
         image_column = images[0]
-    if image_column not in images:
+    if image_column is None or image_column not in images:
         raise ValueError(
             f"{path} has no image column '{image_column}'; set image_column to one of {images} "
             f"(binary, or a struct with 'bytes'; all columns: {schema.names})"
@@ -353,5 +367,7 @@ def _columns(
     if caption_column is None:
         caption_column = next((name for name in _CAPTION_NAMES if name in texts), None)
     elif caption_column not in texts:
-        raise ValueError(f"{path} has no text column '{caption_column}'; set caption_column to one of {texts}")
+        raise ValueError(
+            f"{path} has no text column '{caption_column}'; set caption_column to one of {texts}"
+        )
     return image_column, caption_column

@@ -93,10 +93,12 @@ class Manifest:
             raise ValueError(f"{path} is not the manifest of a store; prepare the data again") from error
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"{path} has format version {version}, this code reads {FORMAT_VERSION}; prepare the data again"
+                f"{path} has format version {version}, this code reads {FORMAT_VERSION}; "
+                "prepare the data again"
             )
         content["dropped"] = {
-            reason: Loss(loss["count"], tuple(loss["examples"])) for reason, loss in content["dropped"].items()
+            reason: Loss(loss["count"], tuple(loss["examples"]))
+            for reason, loss in content["dropped"].items()
         }
         content["chunks"] = tuple(Chunk(**chunk) for chunk in content["chunks"])
         return Manifest(**content)
@@ -124,8 +126,8 @@ class ImageStore:
         """Height and width of each image in pixels, int32 (N, 2)."""
         if self.sizes.shape != (self.manifest.written, 2):
             raise ValueError(
-                f"{self.path / SIZES} has shape {self.sizes.shape}, the manifest counts {self.manifest.written} "
-                "records; the store is damaged: copy it or prepare it again"
+                f"{self.path / SIZES} has shape {self.sizes.shape}, the manifest counts "
+                f"{self.manifest.written} records; the store is damaged: copy it or prepare it again"
             )
         num_items = [chunk.num_items for chunk in self.manifest.chunks]
         self.chunk_ids: np.ndarray = np.repeat(np.arange(len(num_items), dtype=np.int32), num_items)
@@ -150,12 +152,15 @@ class ImageStore:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self.path}, which has {len(self)}")
-        if self._stream is None or self._process != os.getpid():  # a forked worker must not share file positions
+        # A forked worker must not share file positions with its parent.
+        if self._stream is None or self._process != os.getpid():
             from litdata import StreamingDataset
 
             self._stream = StreamingDataset(str(self.path), batch_decode=0)
             self._process = os.getpid()
-        return Record(*self._stream[int(index)])
+        # LitData gives views into its buffers; a copy lets go of them.
+        image, caption, meta = (bytes(field) for field in self._stream[int(index)])
+        return Record(image, caption.decode(), meta.decode())
 
     def verify(self) -> None:
         """Read every chunk and compare its sha256 with the manifest.
@@ -164,7 +169,9 @@ class ImageStore:
             ValueError: If chunks differ; the message names them.
         """
         broken = [
-            chunk.filename for chunk in self.manifest.chunks if sha256(self.path / chunk.filename) != chunk.sha256
+            chunk.filename
+            for chunk in self.manifest.chunks
+            if sha256(self.path / chunk.filename) != chunk.sha256
         ]
         if broken:
             raise ValueError(
@@ -196,9 +203,13 @@ def _read_manifest(path: Path) -> Manifest:
         raise FileNotFoundError(f"{path} holds {len(parts)} stores; name one: {', '.join(map(str, parts))}")
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     if partial.is_dir() or path.name.endswith(PARTIAL_SUFFIX):
-        raise FileNotFoundError(f"the preparation of {path} was interrupted; run the same command again to finish it")
+        raise FileNotFoundError(
+            f"the preparation of {path} was interrupted; run the same command again to finish it"
+        )
     if path.is_dir():
-        raise FileNotFoundError(f"{path} is not a store (it has no {MANIFEST}); prepare it, or name another folder")
+        raise FileNotFoundError(
+            f"{path} is not a store (it has no {MANIFEST}); prepare it, or name another folder"
+        )
     raise FileNotFoundError(f"there is no store at {path}; prepare it first")
 
 
@@ -214,6 +225,7 @@ def _check_files(path: Path, manifest: Manifest) -> None:
                 f"{path / chunk.filename} has {num_bytes} bytes instead of {chunk.num_bytes}; "
                 "copy the file again or prepare the store again"
             )
-    listed = [(chunk["filename"], chunk["chunk_size"]) for chunk in json.loads((path / INDEX).read_text())["chunks"]]
+    index = json.loads((path / INDEX).read_text())
+    listed = [(chunk["filename"], chunk["chunk_size"]) for chunk in index["chunks"]]
     if listed != [(chunk.filename, chunk.num_items) for chunk in manifest.chunks]:
         raise ValueError(f"{path / INDEX} and {MANIFEST} list different chunks; prepare the store again")

@@ -26,10 +26,30 @@ from typing import Any
 import numpy as np
 
 from illume_lightning import __version__
-from illume_lightning.data.part import MAX_EXAMPLES, PARTS, Part, record_path, write_part, write_text
-from illume_lightning.data.store import INDEX, MANIFEST, PARTIAL_SUFFIX, SIZES, Chunk, Loss, Manifest, find_stores
+from illume_lightning.data.part import (
+    MAX_EXAMPLES,
+    PARTS,
+    SCRATCH_SUFFIX,
+    Part,
+    record_path,
+    write_part,
+    write_text,
+)  # fmt: skip
+from illume_lightning.data.store import (
+    INDEX,
+    MANIFEST,
+    PARTIAL_SUFFIX,
+    SIZES,
+    Chunk,
+    Loss,
+    Manifest,
+    find_stores,
+)
 
 log = logging.getLogger(__name__)
+
+IDENTITY = "identity.json"
+LOCK = "lock"
 
 
 def write_stores(
@@ -65,7 +85,9 @@ def write_stores(
         OSError: If the disk is full; finished parts are kept.
     """
     if chunk_megabytes < 1 or num_workers < 0:
-        raise ValueError(f"chunk_megabytes={chunk_megabytes} must be at least 1, num_workers={num_workers} at least 0")
+        raise ValueError(
+            f"chunk_megabytes={chunk_megabytes} must be at least 1, num_workers={num_workers} at least 0"
+        )
     output = Path(output)
     identity = json.loads(json.dumps({**identity, "splits": splits, "chunk_megabytes": chunk_megabytes}))
     finished = _finished(output, identity, overwrite)
@@ -95,40 +117,45 @@ def _finished(output: Path, identity: dict[str, Any], overwrite: bool) -> dict[s
     stores = {store: Manifest.read(store / MANIFEST) for store in find_stores(output)}
     if not stores:
         raise ValueError(f"{output} exists and is not a store; choose another output")
-    if (output / PARTS / "identity.json").is_file():  # the last command was killed between rename and clean-up
-        shutil.rmtree(output / PARTS)
+    if (output / PARTS / IDENTITY).is_file():
+        shutil.rmtree(output / PARTS)  # the last command was killed between the rename and the clean-up
     found = next(iter(stores.values())).identity
     if found == identity:
         return {split: Manifest.read(output / split / MANIFEST) for split in identity["splits"]}
     if not overwrite:
         raise ValueError(
-            f"{output} was prepared from other inputs or with other options ({_difference(found, identity)}); "
-            "choose another output, or pass overwrite=True to replace it"
+            f"{output} was prepared from other inputs or with other options "
+            f"({_difference(found, identity)}); choose another output, or pass overwrite=True to replace it"
         )
     own = {store / name for store in stores for name in (INDEX, SIZES, MANIFEST)}
     own |= {store / chunk.filename for store, manifest in stores.items() for chunk in manifest.chunks}
     foreign = sorted(path for path in output.rglob("*") if path.is_file() and path not in own)
     if foreign:
-        raise ValueError(f"{output} holds {foreign[0]}, which is not part of the store; move it, then overwrite")
+        raise ValueError(f"{foreign[0]} is not part of the store that would be replaced; move it elsewhere")
     return None
 
 
 def _claim(work: Path, identity: dict[str, Any], overwrite: bool) -> None:
     """Take the working folder for this identity: empty, or with parts that are done."""
-    path = work / PARTS / "identity.json"
+    path = work / PARTS / IDENTITY
     found = json.loads(path.read_text()) if path.is_file() else None
     has_parts = any((work / PARTS).glob("[0-9]*.json"))
+    # The old identity goes last: without it, nothing here would be known as ours.
+    kept = (PARTS, LOCK, IDENTITY, IDENTITY + SCRATCH_SUFFIX)
+    children = [child for child in [*work.iterdir(), *(work / PARTS).iterdir()] if child.name not in kept]
+    if found is None and children:
+        raise ValueError(f"{children[0]} was made by no preparation; move it, or choose another output")
     if found == identity:
         log.info("continuing the interrupted preparation in %s", work)
         return
     if has_parts and not overwrite:
         raise ValueError(
             f"{work} is an interrupted preparation from other inputs or with other options "
-            f"({_difference(found or {}, identity)}); choose another output, or pass overwrite=True to start again"
+            f"({_difference(found or {}, identity)}); "
+            "choose another output, or pass overwrite=True to start again"
         )
-    for child in [*work.iterdir(), *(work / PARTS).iterdir()]:
-        if child.name not in (PARTS, "lock"):
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
+    for child in children:
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
     write_text(path, json.dumps(identity, indent=2))
 
 
@@ -142,11 +169,13 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 def _locked(work: Path) -> Iterator[None]:
     """Hold the working folder for this process; the system lets go when the process ends, however it ends."""
     (work / PARTS).mkdir(parents=True, exist_ok=True)
-    with (work / PARTS / "lock").open("w") as file:
+    with (work / PARTS / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RuntimeError(f"another process is writing {work}; wait for it or choose another output") from error
+            raise RuntimeError(
+                f"another process is writing {work}; wait for it or choose another output"
+            ) from error
         yield
 
 
@@ -158,7 +187,9 @@ def _clear_disk_errors(work: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        message = f"no space left for {work}; finished parts are kept: free some and run the same command again"
+        message = (
+            f"no space left for {work}; finished parts are kept: free some and run the same command again"
+        )
         raise OSError(error.errno, message) from error
 
 
@@ -168,7 +199,7 @@ def _write_parts(
     """Write all parts that are not done yet, in this process or in workers, under one progress bar."""
     from tqdm import tqdm
 
-    for leftover in (work / PARTS).glob("*.writing"):
+    for leftover in (work / PARTS).glob("*" + SCRATCH_SUFFIX):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     todo = {number: part for number, part in enumerate(parts) if not record_path(work, number).is_file()}
     total = sum(part.num_items for part in parts)
@@ -183,7 +214,8 @@ def _write_parts(
         pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_end_with_parent)
         try:
             futures = {
-                pool.submit(write_part, work, number, part, splits, chunk_bytes): part for number, part in todo.items()
+                pool.submit(write_part, work, number, part, splits, chunk_bytes): part
+                for number, part in todo.items()
             }
             for future in as_completed(futures):
                 future.result()
@@ -196,7 +228,7 @@ def _write_parts(
 
 
 def _end_with_parent() -> None:
-    """End this worker when the main process is killed; otherwise it would go on writing, and then wait for ever."""
+    """End this worker when the main process is killed; otherwise it would write on, then wait for ever."""
     parent = parent_process()
     assert parent is not None
     sentinel = parent.sentinel
@@ -208,7 +240,9 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _finish(work: Path, num_parts: int, splits: tuple[str, ...], identity: dict[str, Any]) -> dict[str, Manifest]:
+def _finish(
+    work: Path, num_parts: int, splits: tuple[str, ...], identity: dict[str, Any]
+) -> dict[str, Manifest]:
     """Join the parts' records into the index, sizes and manifest of each store."""
     records = [json.loads(record_path(work, number).read_text()) for number in range(num_parts)]
     stores = {split: [record[split] for record in records] for split in splits}
@@ -217,7 +251,9 @@ def _finish(work: Path, num_parts: int, splits: tuple[str, ...], identity: dict[
             dropped = ", ".join(f"{loss.count} {reason}" for reason, loss in _sum_dropped(entries).items())
             shutil.rmtree(work)
             where = f" for the split '{split}'" if split else ""
-            raise ValueError(f"no usable image{where} (dropped: {dropped or 'none'}); check the inputs and options")
+            raise ValueError(
+                f"no usable image{where} (dropped: {dropped or 'none'}); check the inputs and options"
+            )
     return {split: _finish_store(work / split, entries, identity) for split, entries in stores.items()}
 
 

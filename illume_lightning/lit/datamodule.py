@@ -46,14 +46,14 @@ class ImageDataModule(L.LightningDataModule):
 
     Args:
         train: stores to train on and their weights.
-        val: folders of the stores to validate on.
-        test: folders of the stores to test on.
-        predict: folders of the stores to predict on.
+        val: stores to validate on, name: folder. Each is evaluated by itself, at every size.
+        test: stores to test on, as `val`.
+        predict: stores to predict on, as `val`.
         val_sizes: sides in pixels at which evaluation images are squares, each one a loader of its own.
         val_any_resolution: one more loader, with every image at its own size, rounded to multiples of 16
             and at most this side squared in area.
         val_batch_size: most samples in an evaluation batch, per device.
-        val_limit: most samples per evaluation loader, spread evenly over the stores; none takes all.
+        val_limit: most samples per evaluation loader, spread evenly over the store; none takes all.
         horizontal_flip: probability that a training image is mirrored.
         num_workers: processes that read, per device; 0 reads in the training process.
         prefetch: batches that each worker reads ahead.
@@ -69,9 +69,9 @@ class ImageDataModule(L.LightningDataModule):
     def __init__(
         self,
         train: list[Source] | None = None,
-        val: list[str] | None = None,
-        test: list[str] | None = None,
-        predict: list[str] | None = None,
+        val: dict[str, str] | None = None,
+        test: dict[str, str] | None = None,
+        predict: dict[str, str] | None = None,
         val_sizes: list[int] | None = None,
         val_any_resolution: int | None = None,
         val_batch_size: int = 16,
@@ -91,7 +91,9 @@ class ImageDataModule(L.LightningDataModule):
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} is not positive")
         self.train_sources = list(train or [])
-        self.paths = {"validate": list(val or []), "test": list(test or []), "predict": list(predict or [])}
+        self.paths = {"validate": dict(val or {}), "test": dict(test or {}), "predict": dict(predict or {})}
+        self.val_names: list[str] = []
+        """Names of the evaluation loaders made last, in order: "imagenet-256", "imagenet-any512"."""
         self.val_sizes = [256] if val_sizes is None and val_any_resolution is None else list(val_sizes or [])
         for side in self.val_sizes:
             check_size(side, side)
@@ -104,12 +106,6 @@ class ImageDataModule(L.LightningDataModule):
         self._phases: tuple[Phase, ...] | None = None
         self._plan: Plan | None = None
         self._stores: dict[str, ImageStore] = {}
-
-    @property
-    def val_names(self) -> list[str]:
-        """Names of the evaluation loaders, in order: "256", "512", "any512"."""
-        any_resolution = [] if self.val_any_resolution is None else [f"any{self.val_any_resolution}"]
-        return [str(side) for side in self.val_sizes] + any_resolution
 
     @property
     def plan(self) -> Plan:
@@ -146,7 +142,7 @@ class ImageDataModule(L.LightningDataModule):
         """
         if stage == "fit":
             self._train_stores()
-        for path in self.paths["validate" if stage == "fit" else stage]:
+        for path in self.paths["validate" if stage == "fit" else stage].values():
             self._store(path)
 
     def train_dataloader(self) -> PlanLoader:
@@ -194,19 +190,19 @@ class ImageDataModule(L.LightningDataModule):
         return PlannedImages(self._train_stores(), self.seed, self.horizontal_flip)
 
     def _evaluation_loaders(self, stage: str) -> list[BatchLoader]:
-        stores = [self._store(path) for path in self.paths[stage]]
-        if not stores:
-            return []
-        sizes = [store.sizes for store in stores]
-        sides = [*((side, False) for side in self.val_sizes)]
+        sides = [(side, False) for side in self.val_sizes]
         if self.val_any_resolution is not None:
             sides.append((self.val_any_resolution, True))
         options = self._options() | {"persistent_workers": self.persistent_workers and self.num_workers > 0}
         loaders = []
-        for side, own_size in sides:
-            items = evaluation_items(sizes, side, own_size, self.val_limit)
-            batches = deal_batches(items, self.val_batch_size, *replica(self.trainer))
-            loaders.append(BatchLoader(PlannedImages(stores), batches, **options))
+        self.val_names = []
+        for name, path in self.paths[stage].items():
+            store = self._store(path)
+            for side, own_size in sides:
+                items = evaluation_items(store.sizes, side, own_size, self.val_limit)
+                batches = deal_batches(items, self.val_batch_size, *replica(self.trainer))
+                loaders.append(BatchLoader(PlannedImages([store]), batches, **options))
+                self.val_names.append(f"{name}-{'any' if own_size else ''}{side}")
         return loaders
 
     def _options(self) -> dict[str, Any]:

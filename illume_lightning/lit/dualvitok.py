@@ -59,7 +59,10 @@ class DualViTokModule(L.LightningModule):
     """
 
     accumulation: int = 1
-    """Micro-batches per training step; the resolution curriculum sets it."""
+    """Micro-batches in this training step; the resolution curriculum sets it."""
+
+    micro_batch: int = 0
+    """Number of this micro-batch within its training step; the resolution curriculum sets it."""
 
     def __init__(
         self,
@@ -102,7 +105,6 @@ class DualViTokModule(L.LightningModule):
         self._lr_scheduler = lr_scheduler
         self.gradient_clip = gradient_clip
         self.codebook_start = codebook_start
-        self._micro = 0
 
     # -- optimizers ------------------------------------------------------------------------------------------
 
@@ -146,7 +148,7 @@ class DualViTokModule(L.LightningModule):
     def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
         """Start the codebooks from data at the end of the warm-up."""
         start = self.codebook_start
-        if start is not None and self.global_step == start.steps and self._micro == 0:
+        if start is not None and self.global_step == start.steps and self.micro_batch == 0:
             self._start_codebooks(start)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
@@ -171,11 +173,8 @@ class DualViTokModule(L.LightningModule):
         if adversarial:
             terms |= self._discriminator_backward(images, output.reconstruction.detach(), batch)
         self._log_training(terms, output, images.shape[0])
-        self._micro += 1
-        if self._micro < self.accumulation:
-            return
-        self._micro = 0
-        self._step(optimizers, adversarial)
+        if self.micro_batch == self.accumulation - 1:
+            self._step(optimizers, adversarial)
 
     def _discriminator_backward(self, images: Tensor, fake: Tensor, batch: ImageBatch) -> dict[str, Tensor]:
         assert self.discriminator is not None

@@ -49,18 +49,6 @@ class VisionEncoderModule(L.LightningModule):
         scheduler = {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def on_train_start(self) -> None:
-        """A contrastive batch can't be accumulated: its pairs are within one micro-batch.
-
-        Raises:
-            ValueError: the curriculum asks for accumulation.
-        """
-        if getattr(self, "accumulation", 1) != 1:
-            raise ValueError(
-                f"a contrastive batch can't be made of {self.accumulation} micro-batches: set every phase's "
-                "batch_size to micro_batch_size * devices."
-            )
-
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Sigmoid contrastive loss of captions, plus that of regions."""
         regions = regions_of(batch)

@@ -11,6 +11,7 @@ from PIL import Image
 from illume_lightning.data.image import CanonicalImage, Dropped, Limits, canonical, decode, encode_png
 
 HEIGHT, WIDTH = 40, 60
+DEFAULTS = Limits()
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -25,13 +26,17 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def accepted(data: bytes, limits: Limits = Limits()) -> tuple[CanonicalImage, np.ndarray]:
+def accepted(data: bytes, limits: Limits = DEFAULTS) -> tuple[CanonicalImage, np.ndarray]:
     """Make canonical, and check what must hold for every result."""
     result = canonical(data, limits)
     assert isinstance(result, CanonicalImage), result
     pixels = decode(result.data)
-    assert pixels.dtype == np.uint8 and pixels.shape == (result.height, result.width, 3) and pixels.flags.writeable
-    assert canonical(result.data, limits) == CanonicalImage(result.data, result.height, result.width)  # idempotent
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (result.height, result.width, 3)
+    assert pixels.flags.writeable
+    assert canonical(result.data, limits) == CanonicalImage(
+        result.data, result.height, result.width
+    )  # idempotent
     return result, pixels
 
 
@@ -47,7 +52,8 @@ def test_good_bytes_are_kept(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", "AVIF"])
 def test_other_formats_become_png(kind: str) -> None:
     result, pixels = accepted(encoded(Image.fromarray(picture()), kind))
-    assert f"{kind} file" in result.converted and result.data.startswith(b"\x89PNG")
+    assert f"{kind} file" in result.converted
+    assert result.data.startswith(b"\x89PNG")
     assert np.abs(pixels.astype(int) - picture()).mean() < 8
 
 
@@ -57,7 +63,8 @@ def test_gray_and_bilevel() -> None:
     assert result.converted == ("gray",)
     assert (pixels == np.asarray(gray)[..., None]).all()
     result, pixels = accepted(encoded(gray.point(lambda value: 255 * (value > 100), "1"), "PNG"))
-    assert result.converted == ("gray",) and set(np.unique(pixels)) == {0, 255}
+    assert result.converted == ("gray",)
+    assert set(np.unique(pixels)) == {0, 255}
     assert accepted(encoded(gray, "JPEG"))[0].converted == ("gray",)
 
 
@@ -68,10 +75,12 @@ def test_palette_with_and_without_transparency() -> None:
     image.putpalette([10, 20, 30, 200, 100, 50])
     result, pixels = accepted(encoded(image, "PNG"))
     assert result.converted == ("palette",)
-    assert pixels[0, 0].tolist() == [10, 20, 30] and pixels[0, 59].tolist() == [200, 100, 50]
+    assert pixels[0, 0].tolist() == [10, 20, 30]
+    assert pixels[0, 59].tolist() == [200, 100, 50]
     result, pixels = accepted(encoded(image, "PNG", transparency=0))
     assert result.converted == ("palette", "alpha")
-    assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[0, 59].tolist() == [200, 100, 50]
+    assert pixels[0, 0].tolist() == [255, 255, 255]
+    assert pixels[0, 59].tolist() == [200, 100, 50]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -79,7 +88,9 @@ def test_alpha_is_composited_on_white(kind: str) -> None:
     alpha = np.zeros((HEIGHT, WIDTH), np.uint8)
     alpha[:, 20:] = 128
     alpha[:, 40:] = 255
-    data = encoded(Image.fromarray(np.dstack([picture(), alpha])), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    data = encoded(
+        Image.fromarray(np.dstack([picture(), alpha])), kind, **({"lossless": True} if kind == "WEBP" else {})
+    )
     result, pixels = accepted(data)
     assert result.converted == ("alpha",)
     share = alpha[..., None] / 255
@@ -89,14 +100,17 @@ def test_alpha_is_composited_on_white(kind: str) -> None:
 def test_gray_alpha_and_transparent_color() -> None:
     gray = picture()[..., 0]
     result, pixels = accepted(encoded(Image.fromarray(np.dstack([gray, np.zeros_like(gray)]), "LA"), "PNG"))
-    assert result.converted == ("gray", "alpha") and (pixels == 255).all()
+    assert result.converted == ("gray", "alpha")
+    assert (pixels == 255).all()
     straight = encoded(Image.new("LA", (WIDTH, HEIGHT), (64, 128)), "TIFF")
     tag = b"\x52\x01\x03\x00\x01\x00\x00\x00"  # ExtraSamples: 2 is straight alpha, 1 premultiplied
     result, pixels = accepted(straight.replace(tag + b"\x02", tag + b"\x01"))
-    assert result.converted == ("TIFF file", "gray", "alpha") and np.abs(pixels.astype(int) - (64 + 127)).max() <= 1
+    assert result.converted == ("TIFF file", "gray", "alpha")
+    assert np.abs(pixels.astype(int) - (64 + 127)).max() <= 1
     image = Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3))
     result, pixels = accepted(encoded(image, "PNG", transparency=(1, 2, 3)))
-    assert result.converted == ("alpha",) and (pixels == 255).all()
+    assert result.converted == ("alpha",)
+    assert (pixels == 255).all()
 
 
 @pytest.mark.parametrize("mode", ["YCbCr", "LAB"])
@@ -124,7 +138,8 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
         8: stored[:, ::-1].transpose(1, 0, 2),
     }[orientation]  # fmt: skip
     assert result.converted == ("rotated",)
-    assert pixels.shape == upright.shape and np.abs(pixels.astype(int) - upright).mean() < 5
+    assert pixels.shape == upright.shape
+    assert np.abs(pixels.astype(int) - upright).mean() < 5
 
 
 def test_upright_exif_keeps_the_bytes() -> None:
@@ -152,7 +167,8 @@ def test_16_bit_rgb_png() -> None:
 
 def png_file(*chunks: tuple[bytes, bytes]) -> bytes:
     body = [
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
@@ -214,7 +230,9 @@ def test_gigantic_images_are_dropped_by_their_header() -> None:
     assert canonical(bomb) == Dropped("too many pixels")
     header = struct.pack(">IIBBBBB", 13_000, 13_000, 8, 2, 0, 0, 0)  # allowed, so the pixels are looked for
     assert canonical(png_file((b"IHDR", header), (b"IEND", b""))) == Dropped("damaged")
-    assert canonical(encoded(Image.new("RGB", (100, 100)), "PNG"), Limits(max_pixels=9999)) == Dropped("too many pixels")
+    assert canonical(encoded(Image.new("RGB", (100, 100)), "PNG"), Limits(max_pixels=9999)) == Dropped(
+        "too many pixels"
+    )
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -235,7 +253,8 @@ def test_png_round_trip() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "value"), [({"min_side": 0}, "0"), ({"max_side": 8}, "8"), ({"max_pixels": 10**9}, "1000000000")]
+    ("options", "value"),
+    [({"min_side": 0}, "0"), ({"max_side": 8}, "8"), ({"max_pixels": 10**9}, "1000000000")],
 )
 def test_limits_name_the_wrong_value(options: dict[str, int], value: str) -> None:
     with pytest.raises(ValueError, match=value):

@@ -37,7 +37,7 @@ def jpeg(number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """25 pictures in two subfolders, captions for even numbers, one broken and one gray file, and things to ignore."""
+    """25 pictures, captions for even numbers, one broken and one gray file, and things to ignore."""
     root = tmp_path_factory.mktemp("source") / "pictures"
     for number in range(NUM_IMAGES):
         path = root / f"sub{number % 2}" / f"{number:02d}.{'JPG' if number % 5 else 'png'}"
@@ -54,7 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def content(path: Path) -> dict[str, bytes]:
     """All files of a folder."""
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()
+    }
 
 
 def test_folder(folder: Path, tmp_path: Path) -> None:
@@ -64,7 +66,9 @@ def test_folder(folder: Path, tmp_path: Path) -> None:
     assert len(store) == manifest.written == NUM_IMAGES + 1
     assert manifest.converted == {"gray": 1}
     assert manifest.dropped["damaged"].examples == ("pictures/sub0/broken.jpg",)
-    names = sorted(path for path in folder.rglob("*.*") if path.suffix in (".JPG", ".png") and path.name[0] != ".")
+    names = sorted(
+        path for path in folder.rglob("*.*") if path.suffix in (".JPG", ".png") and path.name[0] != "."
+    )
     for index, path in enumerate(names):
         record = store.read(index)
         if path.name == "gray.png":
@@ -72,9 +76,20 @@ def test_folder(folder: Path, tmp_path: Path) -> None:
             continue
         number = int(path.stem)
         assert record.image == path.read_bytes()
-        assert record.caption == (f"caption {number}" if number % 2 == 0 else "") and record.meta == "{}"
+        assert record.caption == (f"caption {number}" if number % 2 == 0 else "")
+        assert record.meta == "{}"
         assert store.sizes[index].tolist() == [20 + number % 3, 24]
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_caption_may_be_the_path_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.png").write_bytes(encode_png(pixels(0)))
+    (tmp_path / "source" / "a.txt").write_text("secret.txt")
+    monkeypatch.chdir(tmp_path)  # litdata would store the file that a text names
+    prepare_images(["source"], "out")
+    assert ImageStore("out").read(0).caption == "secret.txt"
 
 
 def tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -91,7 +106,7 @@ def test_webdataset_tar(tmp_path: Path, part_items: int) -> None:
     long_name = "folder/" + "n" * 200  # needs an extra header in front of the file's own
     first = tar(tmp_path / "a.tar", {
         "00.jpg": jpeg(0), "00.txt": b"zero",
-        "01.json": b'{"caption": "one", "url": "u"}', "01.png": encode_png(pixels(1)), "01.npy": b"not read",
+        "01.json": b'{"caption": "one", "url": "\\ud800"}', "01.png": encode_png(pixels(1)), "01.npy": b"",
         f"{long_name}.webp.txt": b"no image here",
         f"{long_name}2.jpg": jpeg(2),
         "03.jpg": jpeg(3), "03.seg.png": encode_png(pixels(9)), "03.json": b"{broken",
@@ -103,10 +118,14 @@ def test_webdataset_tar(tmp_path: Path, part_items: int) -> None:
     records = [store.read(index) for index in range(len(store))]
     assert [record.image for record in records] == [jpeg(0), encode_png(pixels(1)), jpeg(2), jpeg(5), jpeg(6)]
     assert [record.caption for record in records] == ["zero", "one", "", "f\u00fcnf", ""]
-    assert json.loads(records[1].meta) == {"caption": "one", "url": "u"}
+    assert json.loads(records[1].meta) == {"caption": "one", "url": "\ud800"}
     assert manifest.dropped["no image in the sample"].examples == (f"a.tar/{long_name}",)
     assert manifest.dropped["json not readable"].examples == ("a.tar/03",)
-    assert sorted(os.listdir(tmp_path)) == ["a.tar", "b.tar", "out"]  # nothing was extracted, inside or outside
+    assert sorted(os.listdir(tmp_path)) == [
+        "a.tar",
+        "b.tar",
+        "out",
+    ]  # nothing was extracted, inside or outside
 
 
 def test_damaged_tars_are_named(tmp_path: Path) -> None:
@@ -136,7 +155,8 @@ def test_parquet(tmp_path: Path, kind: str) -> None:
     manifest = prepare_images([str(tmp_path)], out, part_items=5)[""]
     store = ImageStore(out)
     assert [store.read(index).image for index in range(len(store))] == [data for data in images if data]
-    assert store.read(1).caption == "caption 1" and store.read(0).caption == ""
+    assert store.read(1).caption == "caption 1"
+    assert store.read(0).caption == ""
     assert manifest.dropped["no image bytes in the row"].examples == (f"{tmp_path.name}/a.parquet#4",)
     prepare_images([str(tmp_path / "a.parquet")], out, caption_column="note", overwrite=True)
     assert ImageStore(out).read(0).caption == "n"
@@ -174,27 +194,13 @@ def reference(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return content(out)
 
 
-def test_killed_at_every_rename_and_continued(folder: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+def test_killed_at_every_rename_and_continued(
+    folder: Path, tmp_path: Path, reference: dict[str, bytes]
+) -> None:
     out = tmp_path / "out"
     num_kills = 0
-    while True:
-        child = os.fork()
-        if child == 0:
-            replace, remaining = os.replace, [num_kills]
-
-            def count_down(source: str, target: str) -> None:
-                if remaining[0] == 0:
-                    os._exit(9)
-                remaining[0] -= 1
-                replace(source, target)
-
-            os.replace = count_down
-            prepare_images([str(folder)], out, part_items=4, holdout=0.3)
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if status == 0:
-            break
-        assert status == 9 and not out.exists()
+    while prepare_and_die(folder, out, num_kills) == 9:
+        assert not out.exists()
         if num_kills % 3:  # sometimes leave the remains of several kills behind
             prepare_images([str(folder)], out, part_items=4, holdout=0.3)
             assert content(out) == reference
@@ -202,6 +208,28 @@ def test_killed_at_every_rename_and_continued(folder: Path, tmp_path: Path, refe
         num_kills += 1
     assert num_kills > 10
     assert content(out) == reference
+
+
+def prepare_and_die(folder: Path, out: Path, num_renames: int) -> int:
+    """Prepare in a forked process that ends, without any clean-up, before a rename; its exit code."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    replace, remaining = os.replace, num_renames
+
+    def count_down(source: Path, target: Path) -> None:
+        nonlocal remaining
+        if remaining == 0:
+            os._exit(9)
+        remaining -= 1
+        replace(source, target)
+
+    try:
+        os.replace = count_down
+        prepare_images([str(folder)], out, part_items=4, holdout=0.3)
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 SCRIPT = """
@@ -233,14 +261,16 @@ def test_kill_9_with_workers_and_continued(folder: Path, tmp_path: Path, referen
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out.partial" / "parts").glob("[0-9]*.json")):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     while processes_of(tmp_path):  # the workers must not outlive the main process
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert not out.exists()
+    prepare_images([str(folder)], out, part_items=4, holdout=0.3)
     assert content(out) == reference
 
 
@@ -265,11 +295,12 @@ def test_other_options_or_inputs_are_refused_or_overwrite(folder: Path, tmp_path
     with pytest.raises(ValueError, match="inputs was"):
         prepare_images([str(source)], out)
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match="mine.txt, which is not part of the store"):
+    with pytest.raises(ValueError, match="mine.txt is not part of the store"):
         prepare_images([str(source)], out, overwrite=True)
     (out / "mine.txt").unlink()
     prepare_images([str(source)], out, overwrite=True, holdout=0.0)
-    assert len(ImageStore(out)) == 1 and os.listdir(tmp_path) != []
+    assert len(ImageStore(out)) == 1
+    assert os.listdir(tmp_path) != []
     assert sorted(os.listdir(tmp_path)) == ["one", "out"]
     (source / "a.png").write_bytes(encode_png(pixels(2)))
     with pytest.raises(ValueError, match="inputs was"):
@@ -284,6 +315,13 @@ def test_foreign_folders_are_left_alone(folder: Path, tmp_path: Path) -> None:
             prepare_images([str(folder)], tmp_path / "thesis", overwrite=overwrite)
     (tmp_path / "empty").mkdir()
     assert prepare_images([str(folder)], tmp_path / "empty")[""].written == NUM_IMAGES + 1
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "chapter.txt").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"mine.partial/chapter.txt was made by no preparation"):
+            prepare_images([str(folder)], tmp_path / "mine", overwrite=overwrite)
+    for name in ("thesis", "mine.partial"):
+        assert (tmp_path / name / "chapter.txt").read_text() == "precious"
 
 
 def test_full_disk_keeps_finished_parts(
@@ -301,10 +339,12 @@ def test_full_disk_keeps_finished_parts(
     monkeypatch.setattr(BinaryWriter, "write_chunk_to_file", fill)
     with pytest.raises(OSError, match="no space left for .*out.partial; finished parts are kept") as caught:
         prepare_images([str(folder)], out, part_items=4, holdout=0.3)
-    assert caught.value.errno == errno.ENOSPC and not out.exists()
+    assert caught.value.errno == errno.ENOSPC
+    assert not out.exists()
     parts = tmp_path / "out.partial" / "parts"
     done = {path.name: path.stat().st_mtime_ns for path in parts.glob("[0-9]*")}
-    assert list(done) and all(name.endswith(".json") for name in done)  # no scratch is left to fill the disk
+    assert list(done)
+    assert all(name.endswith(".json") for name in done)
     with pytest.raises(ValueError, match="interrupted preparation from other inputs or with other options"):
         prepare_images([str(folder)], out, part_items=5, holdout=0.3)
     monkeypatch.undo()
@@ -315,9 +355,13 @@ def test_full_disk_keeps_finished_parts(
 def test_overwrite_starts_an_interrupted_preparation_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[str, bytes]
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr("illume_lightning.data.writer._finish", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("illume_lightning.data.writer._finish", fill)
+    with pytest.raises(OSError, match="no space"):
         prepare_images([str(folder)], tmp_path / "out", part_items=3)
+    monkeypatch.undo()
     assert list((tmp_path / "out.partial").glob("chunk-*"))
     prepare_images([str(folder)], tmp_path / "out", part_items=4, holdout=0.3, overwrite=True)
     assert content(tmp_path / "out") == reference  # and no chunk of the first one
@@ -348,7 +392,12 @@ def test_sources_without_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"holdout": 1.0}, "1.0"), ({"part_items": 0}, "0"), ({"num_workers": -1}, "-1"), ({"chunk_megabytes": 0}, "0")],
+    [
+        ({"holdout": 1.0}, "1.0"),
+        ({"part_items": 0}, "0"),
+        ({"num_workers": -1}, "-1"),
+        ({"chunk_megabytes": 0}, "0"),
+    ],
 )
 def test_options_out_of_range(folder: Path, tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

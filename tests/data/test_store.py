@@ -36,7 +36,9 @@ class NoisePart:
 
 def noise(index: int) -> Record:
     random = np.random.default_rng(index)
-    return Record(random.bytes(int(random.integers(1, 400_000))), f"caption {index} \u00e9", f'{{"index":{index}}}')
+    return Record(
+        random.bytes(int(random.integers(1, 400_000))), f"caption {index} \u00e9", f'{{"index":{index}}}'
+    )
 
 
 KEPT = [index for index in range(NUM_PARTS * PART_ITEMS) if index % 7 != 6]
@@ -59,7 +61,9 @@ def test_records_come_back_by_index(written: Path) -> None:
     store = ImageStore(written)
     assert len(store) == len(KEPT)
     for position in np.random.default_rng(0).permutation(len(KEPT)):
-        assert store.read(position) == noise(KEPT[position])
+        record = store.read(position)
+        assert record == noise(KEPT[position])
+        assert [type(field) for field in record] == [bytes, str, str]
     for index in (-1, len(KEPT)):
         with pytest.raises(IndexError, match=str(index)):
             store.read(index)
@@ -70,9 +74,13 @@ def test_records_come_back_by_index(written: Path) -> None:
 
 def test_sizes_and_chunks_need_no_reading(written: Path) -> None:
     store = ImageStore(written)
-    assert store.sizes.dtype == np.int32 and store.sizes.tolist() == [[100 + i, 200 + i] for i in KEPT]
-    assert store.chunk_ids.dtype == np.int32 and store.chunk_ids.shape == (len(KEPT),)
-    chunks = json.loads((written / "index.json").read_text())["chunks"]
+    assert store.sizes.dtype == np.int32
+    assert store.sizes.tolist() == [[100 + i, 200 + i] for i in KEPT]
+    assert store.chunk_ids.dtype == np.int32
+    assert store.chunk_ids.shape == (len(KEPT),)
+    index = json.loads((written / "index.json").read_text())
+    assert index["config"]["data_format"] == ["bytes", "bytes", "bytes"]  # no Arrow, no paths taken for files
+    chunks = index["chunks"]
     assert np.bincount(store.chunk_ids).tolist() == [chunk["chunk_size"] for chunk in chunks]
     assert len(chunks) > NUM_PARTS  # the megabyte was respected inside parts
 
@@ -86,7 +94,8 @@ def test_manifest(written: Path) -> None:
     assert manifest.sizes["height"] == {"min": 100, "median": 114, "max": 129}
     assert sum(chunk.num_items for chunk in manifest.chunks) == len(KEPT)
     assert Manifest.read(written / "manifest.json") == manifest
-    assert manifest.identity["kind"] == "noise" and manifest.packages["litdata"]
+    assert manifest.identity["kind"] == "noise"
+    assert manifest.packages["litdata"]
 
 
 def test_verify_finds_one_flipped_bit(copied: Path) -> None:
@@ -136,7 +145,9 @@ def test_contradicting_files_are_refused(copied: Path) -> None:
         ImageStore(copied)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "not the manifest"), ('{"version": 99}', "version 99")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "not the manifest"), ('{"version": 99}', "version 99")]
+)
 def test_foreign_manifests_are_refused(copied: Path, content: str, message: str) -> None:
     (copied / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=message):

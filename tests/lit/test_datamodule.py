@@ -1,6 +1,6 @@
-import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import lightning as L
@@ -45,6 +45,10 @@ def stores(tmp_path_factory) -> list[str]:
     return [str(root / "store1"), str(root / "store2")]
 
 
+def checksum(images: torch.Tensor) -> int:
+    return zlib.crc32(images.contiguous().numpy().tobytes())
+
+
 class Recorder(L.LightningModule):
     """Learns a bias per channel, and writes down what it was given."""
 
@@ -63,7 +67,7 @@ class Recorder(L.LightningModule):
                 batch.dataset.tolist(),
                 batch.index.tolist(),
                 batch.sample_number.tolist(),
-                int(batch.images.sum()),
+                checksum(batch.images),
                 batch.captions,
             )
         )
@@ -151,14 +155,14 @@ def test_phases_switch_at_the_exact_step(uninterrupted):
 def test_batches_hold_what_the_plan_names(stores, uninterrupted):
     data = datamodule(stores)
     data.set_curriculum(PHASES)
-    for batch_idx, step, shape, datasets, indices, numbers, total, captions in uninterrupted.seen:
+    for batch_idx, step, shape, datasets, indices, numbers, pixels, captions in uninterrupted.seen:
         place = data.plan.schedule.locate(batch_idx, 1)
         items = data.plan.batch(place.step, place.number, 0, 1)
         assert step == place.step
         assert [tuple(item[:2]) for item in items] == list(zip(datasets, indices, strict=True))
         assert [item.sample_number for item in items] == numbers
         assert all(item.size == shape[2:] for item in items)
-        assert captions == [f"picture {index} of {dataset + 1}" for dataset, index in zip(datasets, indices)]
+        assert captions == [f"picture {item.index} of {item.dataset + 1}" for item in items]
         images = [
             decode_at(
                 data._train_stores()[item.dataset].read(item.index).image,
@@ -168,7 +172,7 @@ def test_batches_hold_what_the_plan_names(stores, uninterrupted):
             )
             for item in items
         ]
-        assert total == int(torch.stack(images).sum())
+        assert pixels == checksum(torch.stack(images))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
@@ -243,9 +247,9 @@ def test_resume_warns_of_other_data(stores, tmp_path, caplog):
 def test_sample_images_are_those_training_sees_next(stores, uninterrupted):
     data = datamodule(stores)
     data.set_curriculum(PHASES)
-    sums = [int(images.sum()) for images in data.sample_images(6)]
-    first_of_step = {step: total for _, step, *_, total, _ in reversed(uninterrupted.seen)}
-    assert sums == [first_of_step[step] for step in range(6)]
+    sampled = [checksum(images) for images in data.sample_images(6)]
+    first_of_step = {step: pixels for _, step, *_, pixels, _ in reversed(uninterrupted.seen)}
+    assert sampled == [first_of_step[step] for step in range(6)]
     assert len(list(data.sample_images(100))) == 12
 
 
@@ -253,59 +257,59 @@ def test_data_draw_no_random_numbers_of_the_run(stores):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    data = datamodule(stores, val=[stores[1]], val_sizes=[32])
+    data = datamodule(stores, val={"b": stores[1]}, val_sizes=[32])
     trainer(PHASES).fit(Recorder(), data)
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
 
 
-DDP = """
-import sys, torch, json
+TWO_DEVICES = """
+import sys
 sys.path[:0] = {paths!r}
 from test_datamodule import *
+
 phases = [Phase(p.until_step, p.mode, p.side, p.batch_size, 1) for p in PHASES]
-module = Recorder()
-run = trainer(phases, ModelCheckpoint({folder!r}, "{{step}}", save_top_k=-1, every_n_train_steps=5),
-    devices=2, strategy="ddp", limit_val_batches=None)
-run.fit(module, datamodule({stores!r}, val=[{stores!r}[0]], val_sizes=[32], val_any_resolution=64, val_batch_size=4),
-    ckpt_path={path!r}, weights_only=True)
-torch.save((module.seen, module.bias.detach()), {folder!r} + f"/seen{{run.global_rank}}.pt")
+evaluation = dict(val=dict(a={stores!r}[0]), val_sizes=[32], val_any_resolution=64, val_batch_size=4)
+results = []
+for path in (None, {checkpoint!r}):
+    save = ModelCheckpoint({folder!r}, "{{step}}", save_top_k=-1, every_n_train_steps=5)
+    run = trainer(phases, save, devices=2, strategy="ddp")
+    module = Recorder()
+    run.fit(module, datamodule({stores!r}, **evaluation), ckpt_path=path, weights_only=True)
+    results.append((module.seen, module.bias.detach()))
+torch.save(results, {folder!r} + f"/rank{{run.global_rank}}.pt")
 """
 
 
-def run_on_two_devices(stores, folder: Path, path: str | None) -> list:
-    folder.mkdir(exist_ok=True)
+def run_on_two_devices(stores: list[str], folder: Path, checkpoint: Path) -> list[list[tuple]]:
+    """Train from the beginning, then from a checkpoint; what both ranks saw, and their parameters."""
+    folder.mkdir()
     here = Path(__file__).parent
     script = folder / "run.py"
+    paths = [str(here), str(here.parents[1])]
     script.write_text(
-        DDP.format(paths=[str(here), str(here.parents[1])], folder=str(folder), stores=stores, path=path)
+        TWO_DEVICES.format(paths=paths, folder=str(folder), stores=stores, checkpoint=str(checkpoint))
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PL_DISABLE_FORK": "1"}
-    subprocess.run(
-        [sys.executable, str(script)], check=True, env=environment, timeout=200, capture_output=True
-    )
-    return [torch.load(folder / f"seen{rank}.pt", weights_only=True) for rank in range(2)]
+    done = subprocess.run([sys.executable, str(script)], timeout=200, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def test_two_devices_share_the_run_and_hand_it_over(stores, tmp_path, uninterrupted):
-    ranks = run_on_two_devices(stores, tmp_path / "two", None)
-    training = [[batch for batch in seen if len(batch) == 8] for seen, _ in ranks]
-    assert [b[:3] for b in training[0]] == [b[:3] for b in training[1]], "both have one size at every step"
-    together = {(step, n) for seen in training for _, step, *_, numbers, _, _ in seen for n in numbers}
-    alone = {(step, n) for _, step, *_, numbers, _, _ in uninterrupted.seen for n in numbers}
-    assert together == alone
-    assert sum(len(batch[5]) for seen in training for batch in seen) == len(alone), "nothing twice"
-    for _, bias in ranks:
-        assert torch.allclose(bias, uninterrupted.bias, atol=1e-6)
-    for loader in (0, 1):
-        evaluated = [[b for b in seen if len(b) == 3 and b[0] == loader] for seen, _ in ranks]
-        assert len(evaluated[0]) == len(evaluated[1]), "models wait for each other in every batch"
-
-    # From one device to two, and back.
     save = ModelCheckpoint(tmp_path / "one", "{step}", save_top_k=-1, every_n_train_steps=5)
     fit(stores, PHASES, save)
-    later = run_on_two_devices(stores, tmp_path / "later", str(tmp_path / "one" / "step=5.ckpt"))
-    resumed = {(b[1], n) for seen, _ in later for b in seen if len(b) == 8 for n in b[5]}
-    assert resumed == {(step, n) for step, n in alone if step >= 5}
+    ranks = run_on_two_devices(stores, tmp_path / "two", tmp_path / "one" / "step=5.ckpt")
+    alone = {(step, number) for _, step, *_, numbers, _, _ in uninterrupted.seen for number in numbers}
+    for part, first_step in ((0, 0), (1, 5)):
+        seen = [rank[part][0] for rank in ranks]
+        training = [[batch for batch in batches if len(batch) == 8] for batches in seen]
+        assert [b[:3] for b in training[0]] == [b[:3] for b in training[1]], "one size at every step"
+        together = [(batch[1], number) for batches in training for batch in batches for number in batch[5]]
+        assert sorted(together) == sorted(pair for pair in alone if pair[0] >= first_step)
+        for rank in ranks:
+            assert torch.allclose(rank[part][1], uninterrupted.bias, atol=1e-6)
+        for loader in (0, 1):
+            evaluated = [[b for b in batches if len(b) == 3 and b[0] == loader] for batches in seen]
+            assert len(evaluated[0]) == len(evaluated[1]) > 0, "models wait for each other in every batch"
     module = fit(stores, ckpt_path=str(tmp_path / "two" / "step=10.ckpt"))
     assert module.seen == [batch for batch in uninterrupted.seen if batch[1] >= 10]
 
@@ -315,25 +319,31 @@ def test_two_devices_share_the_run_and_hand_it_over(stores, tmp_path, uninterrup
 
 def test_evaluation_loaders(stores):
     data = datamodule(
-        stores, val=stores, test=stores[:1], predict=stores[1:],
-        val_sizes=[32, 48], val_any_resolution=64, val_batch_size=5,
-    )  # fmt: skip
-    assert data.val_names == ["32", "48", "any64"]
+        stores,
+        val={"a": stores[0], "b": stores[1]},
+        test={"a": stores[0]},
+        predict={"b": stores[1]},
+        val_sizes=[32, 48],
+        val_any_resolution=64,
+        val_batch_size=5,
+    )
     module = Recorder()
     run = trainer(PHASES)
     run.validate(module, data, verbose=False)
-    for loader, side in ((0, 32), (1, 48)):
+    assert data.val_names == ["a-32", "a-48", "a-any64", "b-32", "b-48", "b-any64"]
+    for loader, side, counts in ((0, 32, [5, 5, 5, 5, 3]), (4, 48, [5, 4])):
         batches = [seen for seen in module.seen if seen[0] == loader]
-        assert [shape for _, shape, _ in batches] == [(5, 3, side, side)] * 6 + [(2, 3, side, side)]
-    assert sum(len(indices) for loader, _, indices in module.seen if loader == 2) == 32
+        assert [shape for _, shape, _ in batches] == [(count, 3, side, side) for count in counts]
+    assert sum(len(indices) for loader, _, indices in module.seen if loader in (2, 5)) == 32
     for name, count in (("test", 23), ("predict", 9)):
         module.seen.clear()
         getattr(run, name)(module, data)
         assert [sum(len(i) for k, _, i in module.seen if k == loader) for loader in range(3)] == [count] * 3
+        assert len(data.val_names) == 3
 
 
 def test_any_resolution_evaluation_keeps_the_whole_picture(stores):
-    data = datamodule(stores, val=stores[:1], val_sizes=[], val_any_resolution=64, val_batch_size=4)
+    data = datamodule(stores, val={"a": stores[0]}, val_sizes=[], val_any_resolution=64, val_batch_size=4)
     data.setup("validate")
     (loader,) = data.val_dataloader()
     store = data._store(stores[0])
@@ -347,21 +357,17 @@ def test_any_resolution_evaluation_keeps_the_whole_picture(stores):
     assert sorted(indices) == list(range(23))
 
 
-def test_val_limit_spreads_over_the_stores():
-    sizes = [np.full((80, 2), 64), np.full((20, 2), 64)]
-    items = evaluation_items(sizes, 32, False, limit=10)
-    assert [(item.dataset, item.index) for item in items] == [(0, k) for k in range(0, 80, 10)] + [
-        (1, 0),
-        (1, 10),
-    ]
+def test_val_limit_spreads_over_the_store():
+    items = evaluation_items(np.full((80, 2), 64), 32, False, limit=10)
+    assert [item.index for item in items] == list(range(0, 80, 8))
     assert [item.sample_number for item in items] == list(range(10))
-    assert len(evaluation_items(sizes, 32, False, limit=1000)) == 100
+    assert len(evaluation_items(np.full((80, 2), 64), 32, False, limit=1000)) == 80
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_every_evaluation_image_goes_to_one_device(world_size):
     rng = np.random.default_rng(0)
-    items = evaluation_items([rng.integers(20, 90, (50, 2))], 64, True)
+    items = evaluation_items(rng.integers(20, 90, (50, 2)), 64, True)
     dealt = [deal_batches(items, 4, rank, world_size) for rank in range(world_size)]
     assert len({len(batches) for batches in dealt}) == 1
     flat = [item for batches in dealt for batch in batches for item in batch]
@@ -371,7 +377,7 @@ def test_every_evaluation_image_goes_to_one_device(world_size):
 
 
 def test_too_few_evaluation_images_for_the_devices():
-    items = evaluation_items([np.full((5, 2), 64)], 32, False)
+    items = evaluation_items(np.full((5, 2), 64), 32, False)
     assert [len(batches) for batches in (deal_batches(items, 4, rank, 5) for rank in range(5))] == [1] * 5
     with pytest.raises(ValueError, match="5 evaluation images cannot be dealt evenly to 8 devices"):
         deal_batches(items, 4, 0, 8)
@@ -401,7 +407,7 @@ def test_lightning_and_pinning_keep_the_batch_type(stores):
 def test_missing_and_empty_stores(stores, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.*illume prepare"):
         fit([str(tmp_path / "nowhere"), stores[1]])
-    data = datamodule(stores, val=[str(tmp_path / "gone")])
+    data = datamodule(stores, val={"gone": str(tmp_path / "gone")})
     with pytest.raises(FileNotFoundError, match=r"gone.*illume prepare"):
         trainer(PHASES).fit(Recorder(), data)
 

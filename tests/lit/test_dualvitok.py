@@ -43,7 +43,7 @@ def fit(
 ) -> L.Trainer:
     phases = phases or [Phase(steps, "fixed", 64, batch, micro)]
     data = ImageDataModule(
-        train=[Source(str(shapes / "train"))], val_sizes=[64], num_workers=0, horizontal_flip=0.5
+        train=[Source(str(shapes / "train"))], val_sizes=[], num_workers=0, horizontal_flip=0.5
     )
     trainer = L.Trainer(
         accelerator="cpu",

@@ -43,7 +43,7 @@ def test_several_tiles_of_tokens() -> None:
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 @pytest.mark.parametrize("scale", [1e-20, 1e-6, 1.0, 1e6])
 def test_near_ties_are_decided_in_fp64(scale: float, offset: float) -> None:
-    """Codes one fp32 rounding apart, far from each other in the codebook, beside tokens that tell them apart."""
+    """Codes one fp32 rounding apart and far from each other in the codebook; tokens that tell them apart."""
     torch.manual_seed(0)
     base = (torch.randn(40, 32) + offset) * scale
     up = torch.nextafter(base, torch.full_like(base, torch.inf))

@@ -32,7 +32,7 @@ _PICTURES = "node_modules/@lobehub/fluent-emoji-3d/assets"
 _NAMES = "node_modules/emojibase-data/en/data.json"
 _FLAGS = 9  # emojibase's number of the group; their pictures are not Microsoft's
 _PART_ITEMS = 512
-_PERSONS = frozenset("man men woman women person people and".split())
+_PERSONS = frozenset(["man", "men", "woman", "women", "person", "people", "and"])
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def fetch_emoji(package_dir: str | Path) -> None:
         raise FileNotFoundError(
             "npm is not installed; install Node.js, or copy a folder that was fetched on another machine"
         )
-    command = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(package_dir), *PACKAGES]
+    flags = ["--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(package_dir)]
+    command = [npm, "install", *flags, *PACKAGES]
     log.info("running %s", " ".join(command))
     Path(package_dir).mkdir(parents=True, exist_ok=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -185,12 +186,16 @@ class EmojiPart:
             split = "val" if _hash(emoji.base) < self.holdout * 2**64 else "train"
             pixels = composite(paths[emoji.code].read_bytes(), self.background(emoji))
             height, width, _ = pixels.shape
-            meta = json.dumps(asdict(emoji), ensure_ascii=False)
+            meta = json.dumps(asdict(emoji))
             yield Sample(emoji.code, encode_png(pixels), emoji.label, meta, height, width, (), split)
 
     def background(self, emoji: Emoji) -> tuple[int, int, int]:
-        """The colour behind an emoji, RGB, 0 to 255; one for all that look alike, so that they make edit pairs."""
-        random = np.random.Generator(np.random.Philox(key=np.array([self.seed, _hash(emoji.base)], np.uint64)))
+        """The colour behind an emoji, RGB, 0 to 255.
+
+        One for all that look alike, so that two of them differ in what their names say and in nothing else.
+        """
+        key = np.array([self.seed, _hash(emoji.base)], np.uint64)
+        random = np.random.Generator(np.random.Philox(key=key))
         red, green, blue = random.integers(0, 256, 3).tolist()
         return red, green, blue
 

@@ -43,7 +43,7 @@ PHOTOGRAPHS = (
     Photograph("sklearn", "datasets/images/flower.jpg", "an orange flower in front of dark green leaves"),
 )
 HELD_OUT = frozenset({"chelsea", "coffee", "china"})
-"""Names of the pictures of the split "val". The two motorcycles show the same scene, so they stay together."""
+"""Names of the pictures of the split "val". The two motorcycles show one scene, so they stay together."""
 
 
 def prepare_photographs(output: str | Path, *, overwrite: bool = False) -> dict[str, Manifest]:
@@ -99,10 +99,19 @@ class PhotographsPart:
         for photograph in self.photographs:
             split = "val" if photograph.name in HELD_OUT else "train"
             path = folders[photograph.package] / photograph.file
-            image = canonical(path.read_bytes()) if path.is_file() else Dropped("not in the installed package")
+            image = (
+                canonical(path.read_bytes()) if path.is_file() else Dropped("not in the installed package")
+            )
             if isinstance(image, Dropped):
                 yield Lost(photograph.name, image.reason, split)
                 continue
             yield Sample(
-                photograph.name, image.data, photograph.caption, "{}", image.height, image.width, image.converted, split
+                photograph.name,
+                image.data,
+                photograph.caption,
+                "{}",
+                image.height,
+                image.width,
+                image.converted,
+                split,
             )

@@ -92,25 +92,27 @@ class Scene:
         object.__setattr__(self, "objects", tuple(ordered))
 
     def to_json(self) -> str:
-        """One line of JSON, the same for equal scenes; the `meta` of a record."""
+        """One line of JSON, the same for equal scenes."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> "Scene":
-        """The scene that `to_json` wrote."""
+        """The scene that `to_json` wrote, or of a record's `meta`."""
         content = json.loads(text)
         return Scene(content["background"], tuple(Object(**thing) for thing in content["objects"]))
 
 
 def split_of(scene: Scene) -> str:
-    """The split a scene belongs to, by its hash: whoever draws it, from whichever seed, it is in one split only."""
+    """The split a scene belongs to, by its hash: whoever draws it, from any seed, it is in one split."""
     number = int.from_bytes(hashlib.sha256(scene.to_json().encode()).digest()[:8], "big") / 2**64
     if number < HELD_OUT:
         return "val"
     return "test" if number < 2 * HELD_OUT else "train"
 
 
-def draw_scene(seed: int, index: int, *, split: str = "train", min_objects: int = 1, max_objects: int = 4) -> Scene:
+def draw_scene(
+    seed: int, index: int, *, split: str = "train", min_objects: int = 1, max_objects: int = 4
+) -> Scene:
     """Draw a scene; a function of its arguments alone.
 
     Args:
@@ -142,6 +144,18 @@ def draw_scene(seed: int, index: int, *, split: str = "train", min_objects: int 
 def phrase(thing: Object) -> str:
     """An object in words, naming exactly one thing: "a small red star at the top left"."""
     return f"a {thing.size} {thing.colour} {thing.shape} at the {thing.place}"
+
+
+def record_meta(scene: Scene) -> str:
+    """The `meta` of a scene's record: the scene, and `regions`, its objects' phrases and cells.
+
+    A region is [phrase, top, left, bottom, right], edges as shares of the picture's height and width.
+    """
+    regions = []
+    for thing in scene.objects:
+        row, column = divmod(PLACES.index(thing.place), 2)
+        regions.append([phrase(thing), row / 2, column / 2, (row + 1) / 2, (column + 1) / 2])
+    return json.dumps({**asdict(scene), "regions": regions}, sort_keys=True, separators=(",", ":"))
 
 
 def caption(scene: Scene) -> str:
@@ -206,7 +220,7 @@ def prepare_shapes(
     num_workers: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Manifest]:
-    """Write a store of shapes with captions; `meta` of each record is the scene.
+    """Write a store of shapes with captions; `meta` of each record is the scene and its regions.
 
     Args:
         output: The folder to make.
@@ -226,6 +240,31 @@ def prepare_shapes(
     Raises:
         ValueError: If an option is out of range, or `output` holds something else.
     """
+    sizes = tuple((int(height), int(width)) for height, width in sizes)
+    _check_options(count, seed, split, sizes, min_objects, max_objects)
+    identity = {
+        "kind": "shapes", "count": count, "seed": seed, "split": split, "sizes": sizes,
+        "min_objects": min_objects, "max_objects": max_objects,
+    }  # fmt: skip
+    return write_stores(
+        output,
+        identity,
+        lambda: [
+            ShapesPart(
+                range(start, min(start + _PART_ITEMS, count)), seed, split, sizes, min_objects, max_objects
+            )
+            for start in range(0, count, _PART_ITEMS)
+        ],
+        chunk_megabytes=chunk_megabytes,
+        num_workers=num_workers,
+        overwrite=overwrite,
+    )
+
+
+def _check_options(
+    count: int, seed: int, split: str, sizes: tuple[tuple[int, int], ...], min_objects: int, max_objects: int
+) -> None:
+    """Refuse options of `prepare_shapes` that are out of range."""
     if count < 1:
         raise ValueError(f"count is {count}; at least 1 picture is needed")
     if not 0 <= seed < 2**64:
@@ -234,23 +273,11 @@ def prepare_shapes(
         raise ValueError(f"split is '{split}'; it must be one of {', '.join(SPLITS)}")
     if not 1 <= min_objects <= max_objects <= len(PLACES):
         raise ValueError(
-            f"min_objects={min_objects} and max_objects={max_objects} do not fit; 1 <= min <= max <= {len(PLACES)}"
+            f"min_objects={min_objects} and max_objects={max_objects} do not fit; "
+            f"1 <= min_objects <= max_objects <= {len(PLACES)}"
         )
-    sizes = tuple((int(height), int(width)) for height, width in sizes)
     if not sizes or min(map(min, sizes)) < 16:
         raise ValueError(f"sizes is {sizes}; give at least one pair of height and width, each from 16 pixels")
-    options = {"seed": seed, "split": split, "sizes": sizes, "min_objects": min_objects, "max_objects": max_objects}
-    return write_stores(
-        output,
-        {"kind": "shapes", "count": count, **options},
-        lambda: [
-            ShapesPart(range(start, min(start + _PART_ITEMS, count)), seed, split, sizes, min_objects, max_objects)
-            for start in range(0, count, _PART_ITEMS)
-        ],
-        chunk_megabytes=chunk_megabytes,
-        num_workers=num_workers,
-        overwrite=overwrite,
-    )
 
 
 @dataclass(frozen=True)
@@ -278,7 +305,7 @@ class ShapesPart:
             # A stream of its own: the scenes do not change with the list of sizes.
             height, width = self.sizes[_random(self.seed, index, len(SPLITS)).integers(len(self.sizes))]
             image = encode_png(render(scene, height, width), compress_level=1)
-            yield Sample(str(index), image, caption(scene), scene.to_json(), height, width)
+            yield Sample(str(index), image, caption(scene), record_meta(scene), height, width)
 
 
 def _random(seed: int, index: int, stream: int) -> np.random.Generator:
@@ -335,9 +362,9 @@ def _ring(radii: Sequence[float]) -> np.ndarray:
     return np.stack([np.sin(angles), -np.cos(angles)], axis=1) * np.array(radii)[:, None]
 
 
-# For radius 1. The square has the circle's area; the triangle is moved down to stand in the middle of its cell.
+# For radius 1. The square has the circle's area; the triangle is moved down to the middle of its cell.
 _OUTLINES = {
     "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * np.sqrt(np.pi) / 2,
-    "triangle": _ring([1.15] * 3) + (0, 1.15 / 4),
+    "triangle": _ring([1.15] * 3) + np.array([0, 1.15 / 4]),
     "star": _ring([1.1, 0.5] * 5),
 }

@@ -4,6 +4,8 @@
 ours. Heavy libraries are imported only by the subcommand that needs them.
 """
 
+import logging
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -71,6 +73,9 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stdout.write(USAGE)
         return
     command, rest = arguments[0], arguments[1:]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in ("illume_lightning", "callbacks"):
+        logging.getLogger(package).setLevel(logging.INFO)
     try:
         _dispatch(command, rest)
     except _user_errors(command) as error:
@@ -152,7 +157,13 @@ def _prepare(rest: list[str]) -> None:
 def _user_errors(command: str) -> tuple[type[BaseException], ...]:
     from jsonargparse import ArgumentError
 
-    errors: tuple[type[BaseException], ...] = (ValueError, OSError, FloatingPointError, ArgumentError)
+    errors: tuple[type[BaseException], ...] = (
+        ValueError,
+        OSError,
+        ImportError,
+        FloatingPointError,
+        ArgumentError,
+    )
     if command in RUN_COMMANDS and "lightning" in sys.modules:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -160,14 +171,26 @@ def _user_errors(command: str) -> tuple[type[BaseException], ...]:
     return errors
 
 
+_HEADING = re.compile(
+    r"(- )?(Parser key|Does not validate|Subtypes:|Errors:|Given value|Problem with given class_path"
+    r"|Expected a <class 'NoneType'>)"
+)
+
+
 def _one_line(error: BaseException) -> str:
-    """The innermost cause of an error, without the dump of every type that was tried."""
+    """Where a configuration is wrong and what was expected, out of jsonargparse's tree of all types it tried."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) <= 1:
         return lines[0] if lines else type(error).__name__
-    head = lines[0].rstrip(":")
-    causes = [line for line in lines[1:] if not line.startswith(("Given value", "- Expected", "- Got", "Subclass"))]
-    return f"{head}: {causes[-1].lstrip('- ')}" if causes else head
+    keys = [key for line in lines for key in re.findall(r'^Parser key "([^"]+)"', line)]
+    causes = [line.removeprefix("- ") for line in lines if not _HEADING.match(line)]
+    message = " or ".join(dict.fromkeys(causes)) or lines[0]
+    given = next((line for line in lines if line.startswith("Given value:")), None)
+    if given is not None and "Got value" not in message and "NestedArg" not in given:
+        message += f". {given}"
+    message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
+    message = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", message)
+    return f"{'.'.join(keys)}: {message}" if keys else message
 
 
 if __name__ == "__main__":

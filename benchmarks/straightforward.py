@@ -1,9 +1,12 @@
 """DualViTok written down plainly, to measure against: NCHW, eager, nothing fused.
 
 Every operation is the one that the paper and the official release name: GroupNorm as ``nn.GroupNorm``,
-attention as softmax(QK)V, SpatialNorm on features upsampled to full resolution, the quantiser by ``torch.cdist``
-and ``argmin``. Parameter names equal the published checkpoint's, so the same weights load in both.
+attention as softmax(QK)V, SpatialNorm on features upsampled to full resolution, the quantiser by
+``torch.cdist`` and ``argmin``. Parameter names equal the published checkpoint's, so the same weights load in
+both.
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +121,7 @@ class Level(nn.Module):
 
     def __init__(self, widths: list[int], has_attention: bool, condition: int | None) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.block = nn.ModuleList(ResBlock(inputs, outputs, condition) for inputs, outputs in pairs)
         self.attn = nn.ModuleList(AttnBlock(outputs, condition) for _, outputs in pairs if has_attention)
 

@@ -17,6 +17,8 @@ GAP = 4
 class ReconstructionGrid(L.Callback):
     """Write ``pictures/step=<N>/<size>.png`` at every validation: inputs above, reconstructions below.
 
+    ``illume validate`` writes to ``pictures/validate``.
+
     Args:
         num_pictures: pictures per validation size (the first ones, the same every time).
     """
@@ -49,7 +51,8 @@ class ReconstructionGrid(L.Callback):
         """Write the grids, rank 0 only."""
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
-        folder = Path(trainer.default_root_dir) / "pictures" / f"step={trainer.global_step:06d}"
+        name = "validate" if trainer.state.fn == "validate" else f"step={trainer.global_step:06d}"
+        folder = Path(trainer.default_root_dir) / "pictures" / name
         folder.mkdir(parents=True, exist_ok=True)
         self.latest = []
         for index, pairs in self._pairs.items():

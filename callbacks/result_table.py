@@ -13,14 +13,14 @@ class ResultTable(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print after training."""
-        self._report(trainer)
+        self._report(trainer, f"Held-out results after training step {trainer.global_step}")
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Print after ``validate``."""
-        if trainer.state.fn == "validate":
-            self._report(trainer)
+        if stage == "validate":
+            self._report(trainer, f"Held-out results of {trainer.ckpt_path}")
 
-    def _report(self, trainer: L.Trainer) -> None:
+    def _report(self, trainer: L.Trainer, title: str) -> None:
         if not trainer.is_global_zero:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -28,8 +28,8 @@ class ResultTable(L.Callback):
         if not table:
             return
         folder = Path(trainer.default_root_dir)
-        (folder / "results.md").write_text(f"Training step {trainer.global_step}\n\n{table}\n")
-        lines = [f"\nHeld-out results after training step {trainer.global_step}:\n", table, ""]
+        (folder / "results.md").write_text(f"{title}\n\n{table}\n")
+        lines = [f"\n{title}:\n", table, ""]
         for callback in trainer.callbacks:
             if isinstance(callback, ReconstructionGrid):
                 lines += [f"pictures: {path}" for path in callback.latest]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from illume_lightning.data.plan import Plan, PlanItem
 from illume_lightning.data.store import ImageStore
@@ -57,12 +57,15 @@ class PlannedImages(Dataset[ImageBatch]):
         Raises:
             ValueError: if an image is damaged; names the store and the record.
         """
-        captions, metas, images = [], [], []
-        for item in items:
+        captions, metas = [], []
+        images = torch.empty(len(items), 3, *items[0].size, dtype=torch.uint8)
+        if get_worker_info() is not None:
+            images.share_memory_()  # the process that trains takes it from there without another copy
+        for image, item in zip(images.numpy(), items, strict=True):
             record = self.stores[item.dataset].read(item.index)
             flip = is_flipped(self.seed, item.sample_number, self.horizontal_flip)
             try:
-                images.append(decode_at(record.image, item.size, stretch=item.stretch, flip=flip))
+                image[:] = decode_at(record.image, item.size, stretch=item.stretch, flip=flip)
             except (OSError, SyntaxError, ValueError) as error:
                 raise ValueError(
                     f"record {item.index} of {self.stores[item.dataset].path} cannot be decoded ({error}); "
@@ -71,7 +74,7 @@ class PlannedImages(Dataset[ImageBatch]):
             captions.append(record.caption)
             metas.append(record.meta)
         numbers = torch.tensor([[item.dataset, item.index, item.sample_number] for item in items])
-        return ImageBatch(torch.stack(images), captions, metas, *numbers.unbind(dim=1))
+        return ImageBatch(images, captions, metas, *numbers.unbind(dim=1))
 
 
 class PlanBatches:
@@ -165,7 +168,9 @@ class PlanLoader(BatchLoader):
             )
 
 
-def evaluation_items(sizes: np.ndarray, side: int, own_size: bool, limit: int | None = None) -> list[PlanItem]:
+def evaluation_items(
+    sizes: np.ndarray, side: int, own_size: bool, limit: int | None = None
+) -> list[PlanItem]:
     """Every image of a store once, or `limit` of them spread evenly, sorted by target size.
 
     Args:
@@ -181,9 +186,7 @@ def evaluation_items(sizes: np.ndarray, side: int, own_size: bool, limit: int | 
         return any_resolution(height, width, side) if own_size else (side, side)
 
     placed = sorted((target(index), index) for index in (i * len(sizes) // count for i in range(count)))
-    return [
-        PlanItem(0, index, size, number, stretch=own_size) for number, (size, index) in enumerate(placed)
-    ]
+    return [PlanItem(0, index, size, number, stretch=own_size) for number, (size, index) in enumerate(placed)]
 
 
 def deal_batches(

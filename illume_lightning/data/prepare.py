@@ -52,8 +52,6 @@ def prepare_images(
         RuntimeError: If another process is writing `output`.
         OSError: If the disk is full; finished parts are kept.
     """
-    if part_items < 1:
-        raise ValueError(f"part_items is {part_items}; it must be at least 1")
     rules = Rules(Limits(min_side, max_side), holdout)
     inputs = find_inputs(sources)
     names = [Path(source).resolve().name for source in sources]

@@ -124,9 +124,12 @@ def make_parts(
         caption_column: Column of parquet files with the captions; None takes "text" or "caption" if there.
 
     Raises:
-        ValueError: If a tar or parquet file is damaged, or has no column of the name or type.
+        ValueError: If `part_items` is not positive, or a tar or parquet file is damaged or has no column of
+            the name or type.
         ModuleNotFoundError: If there are parquet files and pyarrow is not installed.
     """
+    if part_items < 1:
+        raise ValueError(f"part_items is {part_items}; it must be at least 1")
     starts = range(0, len(inputs.images), part_items)
     parts: list[Part] = [FolderPart(inputs.images[start : start + part_items], rules) for start in starts]
     for file in inputs.tars:

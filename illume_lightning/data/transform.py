@@ -3,14 +3,12 @@
 import io
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from illume_lightning.resolution import Size
 
 
-def decode_at(data: bytes, size: Size, *, stretch: bool = False, flip: bool = False) -> Tensor:
+def decode_at(data: bytes, size: Size, *, stretch: bool = False, flip: bool = False) -> np.ndarray:
     """Decode an image and bring it to a size.
 
     The image is scaled to cover `size` and its centre is kept, in one resampling (bicubic with antialiasing,
@@ -25,7 +23,7 @@ def decode_at(data: bytes, size: Size, *, stretch: bool = False, flip: bool = Fa
         flip: mirror left and right.
 
     Returns:
-        RGB, uint8 (3, H, W), 0 to 255; not contiguous.
+        RGB, uint8 (3, H, W), 0 to 255; a read-only view.
 
     Raises:
         OSError, SyntaxError, ValueError: if the bytes are damaged.
@@ -40,7 +38,10 @@ def decode_at(data: bytes, size: Size, *, stretch: bool = False, flip: bool = Fa
                 image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        # Row by row, each as its red, green and blue pixels: planes come out of this by copying whole rows,
+        # which is much faster than pixel by pixel.
+        rows = np.frombuffer(image.tobytes("raw", "RGB;L"), dtype=np.uint8)
+        return rows.reshape(height, 3, width).transpose(1, 0, 2)
 
 
 def is_flipped(seed: int, sample_number: int, probability: float) -> bool:

@@ -140,6 +140,8 @@ class ImageDataModule(L.LightningDataModule):
             FileNotFoundError: if a store is missing; names it.
             ValueError: if a store is empty.
         """
+        import litdata  # noqa: F401  # takes seconds; workers inherit it, and start anew for every evaluation
+
         if stage == "fit":
             self._train_stores()
         for path in self.paths["validate" if stage == "fit" else stage].values():

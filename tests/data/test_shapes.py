@@ -1,5 +1,7 @@
 """Shapes: scenes are what they say, pictures show them on any canvas, splits never share a scene."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -194,6 +196,12 @@ def test_prepare(tmp_path) -> None:
         record, scene = store.read(index), draw_scene(5, index, split="val")
         assert record.caption == caption(scene)
         assert Scene.from_json(record.meta) == scene
+        for thing, (words, top, left, bottom, right) in zip(
+            scene.objects, json.loads(record.meta)["regions"], strict=True
+        ):
+            row, column = divmod(PLACES.index(thing.place), 2)
+            assert words == phrase(thing)
+            assert (top, left, bottom, right) == (row / 2, column / 2, (row + 1) / 2, (column + 1) / 2)
         assert (decode(record.image) == render(scene, *store.sizes[index].tolist())).all()
     prepare_shapes(tmp_path / "b", count=40, seed=5, split="val", sizes=sizes)
     shorter = ImageStore(tmp_path / "b")

@@ -195,8 +195,7 @@ class _Quantizer(nn.Module):
             loss = F.mse_loss(codes, x.detach()) + self.commitment * F.mse_loss(x, codes.detach())
             # x - x.detach() is zero with the gradient of x.
             features = rotate_to(x, codes) if self.rotation_trick else codes.detach() + (x - x.detach())
-        features = features.permute(0, 3, 1, 2).to(self.codebook_dtype)
-        return Quantized(features, loss, indices)
+        return Quantized(self._channel_first(features), loss, indices)
 
     @property
     def codebook_dtype(self) -> torch.dtype:
@@ -206,7 +205,11 @@ class _Quantizer(nn.Module):
     def codes_to_features(self, indices: Tensor) -> Tensor:
         """Code ids (B, h, w) int64 -> features (B, D, h, w)."""
         with torch.autocast(indices.device.type, enabled=False):
-            return self._lookup(indices).permute(0, 3, 1, 2).to(self.codebook_dtype)
+            return self._channel_first(self._lookup(indices))
+
+    def _channel_first(self, codes: Tensor) -> Tensor:
+        # Contiguous, or all convolutions and norms after it would silently run channels-last.
+        return codes.permute(0, 3, 1, 2).to(self.codebook_dtype).contiguous()
 
     @torch.no_grad()
     def initialise_codebook(self, features: Tensor, generator: torch.Generator | None = None) -> None:

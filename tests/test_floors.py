@@ -1,0 +1,71 @@
+"""The house: imports go only downwards, and some things are nowhere to be found."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(
+    path for folder in ("illume_lightning", "callbacks") for path in (ROOT / folder).rglob("*.py")
+) + [ROOT / "cli.py"]
+
+FORBIDDEN_IMPORTS = {
+    "illume_lightning/nn": ("lightning", "litdata", "illume_lightning.data", "illume_lightning.lit", "callbacks", "cli"),
+    "illume_lightning/data": ("lightning", "illume_lightning.nn", "illume_lightning.lit", "callbacks", "cli"),
+    "illume_lightning/lit": ("callbacks", "cli"),
+    "callbacks": ("cli",),
+}
+STANDARD_LIBRARY_ONLY = ("illume_lightning/resolution.py",)
+
+FORBIDDEN_TEXT = {
+    r"\.cuda\(": "devices come from the trainer",
+    r"save_hyperparameters\(": "it would override the YAML on resume",
+    r"weights_only=False": "checkpoints are never unpickled",
+    r"\beval\(['\"\w]": "nothing is evaluated as code",
+    r"except( Exception)?:": "errors are never swallowed",
+}
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downwards(path: Path) -> None:
+    place = str(path.relative_to(ROOT))
+    for floor, forbidden in FORBIDDEN_IMPORTS.items():
+        if place.startswith(floor + "/"):
+            for name in imports(path):
+                assert not any(name == bad or name.startswith(bad + ".") for bad in forbidden), f"{place}: {name}"
+    if place in STANDARD_LIBRARY_ONLY:
+        assert not {name.split(".")[0] for name in imports(path)} & {"torch", "numpy", "lightning", "PIL"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 420, "split it where it has two reasons to change"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+            assert lines <= 60, f"{node.name} has {lines} lines"
+    for pattern, reason in FORBIDDEN_TEXT.items():
+        found = re.search(pattern, text)
+        assert not found, f"{found and found.group()!r}: {reason}"
+
+
+def test_only_one_file_knows_the_sizes() -> None:
+    """The released table of semantic input sizes stands in resolution.py alone."""
+    for path in SOURCES:
+        if path.name != "resolution.py":
+            assert not re.search(r"\(?448, ?336\)?|728, ?364", path.read_text()), path

@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-RUN := runs
+# Half of the pictures square, the others at four ratios of about the same area.
+SIZES := [[224,224],[224,224],[224,224],[224,224],[160,224],[224,160],[160,320],[320,160]]
 DATA := data
 MARK := $(VENV)/.installed
 
@@ -22,14 +23,15 @@ setup: $(MARK) ## Make the virtual environment with the tested versions
 
 .PHONY: demo
 demo: setup ## Prepare shapes and photographs, then train DualViTok through all its phases (about 15 minutes on 2 cores)
-	$(BIN)/illume prepare shapes $(DATA)/shapes
+	$(BIN)/illume prepare shapes $(DATA)/shapes/train --count 6000 --sizes "$(SIZES)"
+	$(BIN)/illume prepare shapes $(DATA)/shapes/val --split val --count 512 --sizes "$(SIZES)"
 	$(BIN)/illume prepare photographs $(DATA)/photographs
 	$(BIN)/illume fit -c experiments/shapes/vision_encoder.yaml
 	$(BIN)/illume fit -c experiments/shapes/dualvitok.yaml
 
 .PHONY: emoji
 emoji: setup ## The same on Fluent Emoji 3D (fetched with npm)
-	$(BIN)/illume prepare emoji $(DATA)/emoji
+	$(BIN)/illume prepare emoji $(DATA)/emoji .cache/emoji
 	$(BIN)/illume fit -c experiments/emoji/vision_encoder.yaml
 	$(BIN)/illume fit -c experiments/emoji/dualvitok.yaml
 

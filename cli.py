@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
@@ -145,7 +145,7 @@ def _prepare(rest: list[str]) -> None:
     from illume_lightning.data.worlds.photographs import prepare_photographs
     from illume_lightning.data.worlds.shapes import prepare_shapes
 
-    importers = {
+    importers: dict[str, Any] = {
         "images": prepare_images,
         "shapes": prepare_shapes,
         "photographs": prepare_photographs,

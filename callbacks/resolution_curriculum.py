@@ -58,7 +58,7 @@ class ResolutionCurriculum(L.Callback):
                 "micro_batch_size to batch_size / devices, or use manual optimisation"
             )
         self._check_trainer(trainer)
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it later
+        datamodule: Any = trainer.datamodule
         if not hasattr(datamodule, "set_curriculum"):
             raise ValueError(
                 f"{type(datamodule).__name__} cannot follow a curriculum, as it has no set_curriculum; "
@@ -148,7 +148,7 @@ class ResolutionCurriculum(L.Callback):
         progress["is_last_batch"] = False
 
     def _check_trainer(self, trainer: L.Trainer) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
+        if trainer.fast_dev_run:
             return
         if trainer.max_steps != self.schedule.num_steps:
             raise ValueError(

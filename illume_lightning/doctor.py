@@ -58,7 +58,9 @@ def _devices() -> list[str]:
     if hasattr(os, "sysconf"):
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     capability = torch.backends.cpu.get_cpu_capability()
-    lines = [f"Devices\n  cpu: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {capability}{memory}"]
+    lines = [
+        f"Devices\n  cpu: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {capability}{memory}"
+    ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines.append(f"  cuda:{index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
@@ -73,10 +75,18 @@ def _weights_and_caches() -> list[str]:
     import torch
 
     vgg = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
+    lpips = (
+        str(vgg)
+        if vgg.is_file()
+        else (
+            f"not at {vgg}: torchvision downloads it; or give Perceptual.backbone_weights, or train with "
+            "--model.loss.perceptual_weight 0 --model.perceptual null"
+        )
+    )
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     return [
         "Weights and disk",
-        f"  LPIPS backbone (VGG16): {vgg if vgg.is_file() else f'not at {vgg}; torchvision downloads it, or give Perceptual.backbone_weights, or set loss.perceptual_weight: 0'}",
+        f"  LPIPS backbone (VGG16): {lpips}",
         f"  Hugging Face cache: {os.environ.get('HF_HOME', '~/.cache/huggingface')}",
         f"  free disk here: {free:.0f} GiB",
     ]

@@ -79,7 +79,9 @@ def test_unknown_command_and_missing_file(capsys: pytest.CaptureFixture[str]) ->
     assert "nowhere" in fails(["parity", "nowhere"], capsys)
 
 
-def test_evaluation_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_without_a_checkpoint_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = ["validate", *SHAPES[1:], f"--trainer.default_root_dir={tmp_path}"]
     assert "run `illume fit` first" in fails(args, capsys)
 
@@ -101,7 +103,9 @@ TINY = (
 )
 
 
-def test_a_run_from_the_shipped_yaml(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_from_the_shipped_yaml(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Vision encoder, hand-over, two phases, pictures, table; run again it does nothing; validate finds it."""
     stores = [f"--data.train=[{{path: {shapes / 'train'}}}]", f"--data.val={{shapes: {shapes / 'val'}}}"]
     encoder = [

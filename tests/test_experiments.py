@@ -12,9 +12,14 @@ from callbacks import ResolutionCurriculum
 from illume_lightning.data.plan import Phase
 from illume_lightning.lit.datamodule import ImageDataModule, Source
 
-RUNS = ["paper/dualvitok.yaml"] + sorted(
-    str(path.relative_to(EXPERIMENTS)) for world in ("shapes", "emoji") for path in (EXPERIMENTS / world).glob("*.yaml")
-)
+RUNS = [
+    "paper/dualvitok.yaml",
+    *sorted(
+        str(path.relative_to(EXPERIMENTS))
+        for world in ("shapes", "emoji")
+        for path in (EXPERIMENTS / world).glob("*.yaml")
+    ),
+]
 HARDWARE = sorted(str(path.relative_to(EXPERIMENTS)) for path in (EXPERIMENTS / "hardware").glob("*.yaml"))
 ABLATIONS = sorted(
     str(path.relative_to(EXPERIMENTS)) for path in (EXPERIMENTS / "ablations").glob("table*/*.yaml")
@@ -112,6 +117,10 @@ def test_every_ablation_steps(overlay: str, shapes: Path) -> None:
     )
     before = {name: value.clone() for name, value in module.model.named_parameters() if value.requires_grad}
     trainer.fit(module, data)
-    moved = [name for name, value in module.model.named_parameters() if name in before and not value.equal(before[name])]
+    moved = [
+        name
+        for name, value in module.model.named_parameters()
+        if name in before and not value.equal(before[name])
+    ]
     assert any(name.startswith("pixel_decoder") for name in moved)
     assert torch.isfinite(trainer.callback_metrics["train/loss"])

@@ -7,12 +7,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(
-    path for folder in ("illume_lightning", "callbacks") for path in (ROOT / folder).rglob("*.py")
-) + [ROOT / "cli.py"]
+SOURCES = [
+    *sorted(path for folder in ("illume_lightning", "callbacks") for path in (ROOT / folder).rglob("*.py")),
+    ROOT / "cli.py",
+]
 
 FORBIDDEN_IMPORTS = {
-    "illume_lightning/nn": ("lightning", "litdata", "illume_lightning.data", "illume_lightning.lit", "callbacks", "cli"),
+    "illume_lightning/nn": (
+        "lightning",
+        "litdata",
+        "illume_lightning.data",
+        "illume_lightning.lit",
+        "callbacks",
+        "cli",
+    ),
     "illume_lightning/data": ("lightning", "illume_lightning.nn", "illume_lightning.lit", "callbacks", "cli"),
     "illume_lightning/lit": ("callbacks", "cli"),
     "callbacks": ("cli",),
@@ -45,7 +53,9 @@ def test_imports_go_downwards(path: Path) -> None:
     for floor, forbidden in FORBIDDEN_IMPORTS.items():
         if place.startswith(floor + "/"):
             for name in imports(path):
-                assert not any(name == bad or name.startswith(bad + ".") for bad in forbidden), f"{place}: {name}"
+                assert not any(name == bad or name.startswith(bad + ".") for bad in forbidden), (
+                    f"{place}: {name}"
+                )
     if place in STANDARD_LIBRARY_ONLY:
         assert not {name.split(".")[0] for name in imports(path)} & {"torch", "numpy", "lightning", "PIL"}
 

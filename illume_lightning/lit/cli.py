@@ -71,7 +71,9 @@ class IllumeCLI(LightningCLI):
         if self._given_checkpoint() is None:
             last = self._last_checkpoint()
             if not last.is_file():
-                raise FileNotFoundError(f"no checkpoint at {last}: run `illume fit` first, or give --ckpt_path.")
+                raise FileNotFoundError(
+                    f"no checkpoint at {last}: run `illume fit` first, or give --ckpt_path."
+                )
             self.config_init[command]["ckpt_path"] = str(last)
 
     def _given_checkpoint(self) -> str | None:

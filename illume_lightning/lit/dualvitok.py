@@ -160,7 +160,9 @@ class DualViTokModule(L.LightningModule):
         self._require_finite({"reconstruction": output.reconstruction}, batch)
         adversarial = self.discriminator is not None and self.loss.is_adversarial(self.global_step)
         with _frozen(self.discriminator):
-            logits = self.discriminator(output.reconstruction) if adversarial else None
+            logits = None
+            if self.discriminator is not None and adversarial:
+                logits = self.discriminator(output.reconstruction)
             terms = self.loss.generator(
                 images,
                 output,
@@ -300,7 +302,10 @@ def to_uint8(images: Tensor) -> Tensor:
 @contextmanager
 def _uncounted(optimizer: LightningOptimizer) -> Iterator[None]:
     """Lightning's ``global_step`` counts every optimizer's steps; a training step is the generator's alone."""
-    hooks: tuple[Callable[[], None], Callable[[], None]] = (optimizer._on_before_step, optimizer._on_after_step)
+    hooks: tuple[Callable[[], None], Callable[[], None]] = (
+        optimizer._on_before_step,
+        optimizer._on_after_step,
+    )
     optimizer._on_before_step = optimizer._on_after_step = lambda: None
     try:
         yield

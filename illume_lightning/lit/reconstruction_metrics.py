@@ -37,8 +37,10 @@ class ReconstructionMetrics(nn.Module):
         self.cosine = MeanMetric() if "semantic" in codebooks else None
         self.lpips = MeanMetric() if perceptual is not None else None
         self._perceptual = [perceptual] if perceptual is not None else []
-        self.usage = nn.ModuleDict({name: CodebookUsage(size) for name, size in codebooks.items()})
-        self.fid, self.fid_name = None, "rfid"
+        self.usage = {name: CodebookUsage(size) for name, size in codebooks.items()}
+        self._registered = nn.ModuleList(self.usage.values())
+        self.fid: FrechetInceptionDistance | None = None
+        self.fid_name = "rfid"
         if fid_features is not None:
             network = type(fid_features).__name__
             self.fid_name = "rfid" if "Inception" in network else f"frechet_{network.lower()}"

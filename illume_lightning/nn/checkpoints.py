@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from illume_lightning.nn.dualvitok import DualViTok
-from illume_lightning.nn.noise import TokenNoise
+from illume_lightning.nn.noise import NoiseKind, TokenNoise
 from illume_lightning.nn.pixel import PixelDecoder, PixelEncoder
 from illume_lightning.nn.semantic import QwenVisionTower, SemanticDecoder, SemanticEncoder
 from illume_lightning.nn.simvq import SimVQ
@@ -117,7 +117,9 @@ def save_dualvitok(model: DualViTok, path: str | Path) -> None:
     partial.replace(path)
 
 
-def build_official(config: Mapping[str, Any] | None = None, tower: Mapping[str, Any] | None = None) -> DualViTok:
+def build_official(
+    config: Mapping[str, Any] | None = None, tower: Mapping[str, Any] | None = None
+) -> DualViTok:
     """Build a DualViTok from the official release's config.
 
     Args:
@@ -135,7 +137,7 @@ def build_official(config: Mapping[str, Any] | None = None, tower: Mapping[str, 
     dims = {name: parts[name].get("dim", 32) for name in ("semantic_quantizer", "pixel_quantizer")}
     noise = None
     if config.get("pixel_drop_rate"):
-        kind = {"random": "neighbour", "zero": "zero"}[config.get("pixel_noise_type", "random")]
+        kind: NoiseKind = "zero" if config.get("pixel_noise_type", "random") == "zero" else "neighbour"
         noise = TokenNoise(kind, config.get("pixel_drop_batch_rate", 0.1), config["pixel_drop_rate"])
     return DualViTok(
         semantic_encoder=SemanticEncoder(
@@ -149,7 +151,9 @@ def build_official(config: Mapping[str, Any] | None = None, tower: Mapping[str, 
             width=encoder.get("embed_dim", 1280),
             code_dim=encoder.get("z_channels", 32),
         ),
-        semantic_quantizer=SimVQ(parts["semantic_quantizer"].get("codebook_size", 32768), dims["semantic_quantizer"]),
+        semantic_quantizer=SimVQ(
+            parts["semantic_quantizer"].get("codebook_size", 32768), dims["semantic_quantizer"]
+        ),
         semantic_decoder=SemanticDecoder(
             code_dim=decoder.get("z_channels", 32),
             num_blocks=decoder.get("num_blocks", 4),

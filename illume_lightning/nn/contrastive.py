@@ -50,7 +50,7 @@ class TextEncoder(nn.Module):
         embed_dim: int = 128,
     ) -> None:
         super().__init__()
-        self.num_buckets, self.max_words = num_buckets, max_words
+        self.num_buckets, self.max_words, self.embed_dim = num_buckets, max_words, embed_dim
         self.words = nn.Embedding(num_buckets + 1, width, padding_idx=0)
         self.positions = nn.Parameter(0.02 * torch.randn(max_words, width))
         layer = nn.TransformerEncoderLayer(
@@ -90,7 +90,7 @@ class ImageTextModel(nn.Module):
         super().__init__()
         self.tower = tower
         self.text = text
-        self.project = nn.Linear(tower.out_features, text.project[1].out_features)
+        self.project = nn.Linear(tower.out_features, text.embed_dim)
         # SigLIP's start: temperature 10, bias -10, since almost all pairs are negative.
         self.log_temperature = nn.Parameter(torch.tensor(10.0).log())
         self.bias = nn.Parameter(torch.tensor(-10.0))

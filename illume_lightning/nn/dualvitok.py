@@ -159,9 +159,7 @@ class DualViTok(nn.Module):
             else:
                 z = latents[name].float()
                 indices = torch.zeros_like(z[:, 0], dtype=torch.long)
-                quantized[name] = Quantized(
-                    z + latent_noise * torch.randn_like(z), z.new_zeros(()), indices
-                )
+                quantized[name] = Quantized(z + latent_noise * torch.randn_like(z), z.new_zeros(()), indices)
         grid = (images.shape[-2] // 16, images.shape[-1] // 16)
         return Encoded(quantized.get("semantic"), quantized.get("pixel"), target, grid)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from illume_lightning.nn.checkpoints import build_official
 from illume_lightning.nn.discriminator import PatchDiscriminator
 from illume_lightning.nn.dualvitok import DualViTok
-from illume_lightning.nn.noise import TokenNoise
+from illume_lightning.nn.noise import NoiseKind, TokenNoise
 from illume_lightning.nn.semantic import patchify
 from illume_lightning.nn.simvq import SimVQ
 
@@ -74,7 +74,9 @@ def run(directory: str | Path, device: str = "cpu") -> list[Check]:
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
     if not checks:
-        raise FileNotFoundError(f"no parity fixture in {directory}: expected files like NAME_weights.safetensors.")
+        raise FileNotFoundError(
+            f"no parity fixture in {directory}: expected files like NAME_weights.safetensors."
+        )
     return checks
 
 
@@ -128,10 +130,13 @@ def _checks(directory: Path, device: torch.device) -> Iterator[Check]:
                 yield from part(path, device)
 
 
-def _compare(path: Path, quantity: str, ours: Tensor, recorded: Tensor) -> Check:
+def _compare(path: Path, quantity: str, ours: Tensor | None, recorded: Tensor) -> Check:
+    assert ours is not None, quantity
     ours, recorded = ours.detach().double().cpu(), recorded.double()
     if ours.shape != recorded.shape:
-        raise ValueError(f"{path.name}: {quantity} is {tuple(ours.shape)} here, {tuple(recorded.shape)} there.")
+        raise ValueError(
+            f"{path.name}: {quantity} is {tuple(ours.shape)} here, {tuple(recorded.shape)} there."
+        )
     scale = recorded.abs().max().clamp_min(1e-12)
     return Check(path.name, quantity, float((ours - recorded).abs().max() / scale))
 
@@ -153,6 +158,7 @@ def _forward(model: DualViTok, path: Path, device: torch.device) -> Iterator[Che
     output = model(images)
     encoded = output.encoded
     latents, _ = model.latents(images)
+    assert model.pixel_encoder is not None
     ours = {"pixel_encoder_out": model.pixel_encoder(images), "semantic_target": encoded.semantic_target}
     indices_equal = True
     for name, quantized in (("semantic", encoded.semantic), ("pixel", encoded.pixel)):
@@ -271,7 +277,7 @@ def _quantizer(path: Path, device: torch.device) -> Iterator[Check]:
 def _rotation(path: Path, device: torch.device) -> Iterator[Check]:
     recorded = load_file(path)
     codebook = recorded["codebook"]
-    quantizer = SimVQ(*codebook.shape, rotation_trick=True)
+    quantizer = SimVQ(codebook.shape[0], codebook.shape[1], rotation_trick=True)
     quantizer.load_state_dict(
         {"frozen_codebook": codebook, "code_transform.weight": recorded["code_transform_weight"]}
     )
@@ -288,11 +294,10 @@ def _noise(path: Path, device: torch.device) -> Iterator[Check]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     features = recorded["quant_pixel_in"].to(device)
-    for kind, quantity in (("neighbour", "out_random"), ("zero", "out_zero")):
+    recordings: tuple[tuple[NoiseKind, str], ...] = (("neighbour", "out_random"), ("zero", "out_zero"))
+    for kind, quantity in recordings:
         seed = int(re.sub(r"\D", "", metadata["seed"]))
-        noise = TokenNoise(
-            kind, float(metadata["pixel_drop_batch_rate"]), float(metadata["pixel_drop_rate"])
-        )
+        noise = TokenNoise(kind, float(metadata["pixel_drop_batch_rate"]), float(metadata["pixel_drop_rate"]))
         generator = torch.Generator().manual_seed(seed)
         out = noise(features, features.new_zeros(1, features.shape[1]), generator=generator)
         yield _compare(path, quantity, out, recorded[quantity])

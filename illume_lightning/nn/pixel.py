@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H W height and width in pixels, h w pixel grid (16 
 channels. Parameter names equal the published checkpoint's (official release).
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -136,7 +137,10 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Blocks of one resolution: ``block``, ``attn`` (may be empty) and an optional resampling layer."""
+    """Blocks of one resolution: ``block``, ``attn`` (may be empty) and, where set, a resampling layer."""
+
+    downsample: nn.Module
+    upsample: nn.Module
 
     def __init__(
         self,
@@ -148,19 +152,21 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(
             ResBlock(inputs, outputs, num_groups, condition_channels)
-            for inputs, outputs in zip(widths[:-1], widths[1:], strict=True)
+            for inputs, outputs in itertools.pairwise(widths)
         )
         self.attn = nn.ModuleList(
             AttnBlock(width, num_groups, condition_channels) for width in widths[1:] if has_attention
         )
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C', H, W), without the resampling layer."""
+        """(B, C, H, W) -> (B, C', H, W), or (B, C', H/2, W/2), or (B, C', 2H, 2W)."""
         for i, block in enumerate(self.block):
             x = block(x, condition)
             if self.attn:
                 x = self.attn[i](x, condition)
-        return x
+        if hasattr(self, "downsample"):
+            return self.downsample(x)
+        return self.upsample(x) if hasattr(self, "upsample") else x
 
 
 class Middle(nn.Module):
@@ -227,8 +233,6 @@ class PixelEncoder(nn.Module):
         x = self.conv_in(images)
         for level in self.down:
             x = level(x)
-            if hasattr(level, "downsample"):
-                x = level.downsample(x)
         x = F.silu(self.norm_out(self.mid(x)))
         latents = self.conv_out(x)
         if self.resampling == "dc":
@@ -282,7 +286,7 @@ class PixelDecoder(nn.Module):
         self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """Weight of the output convolution, where the adaptive GAN weight compares gradients."""
         return self.conv_out.weight
 
@@ -302,6 +306,4 @@ class PixelDecoder(nn.Module):
         x = self.mid(x, condition)
         for level in reversed(self.up):
             x = level(x, condition)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)
         return self.conv_out(F.silu(self.norm_out(x, condition)))

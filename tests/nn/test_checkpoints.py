@@ -22,7 +22,10 @@ def test_containers(tiny: DualViTok, tmp_path: Path, container: str | None, pref
     torch.manual_seed(1)
     other = build_tiny()
     load_dualvitok(other, path)
-    assert all(torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(tiny.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_ema_is_taken_only_on_request(tiny: DualViTok, tmp_path: Path) -> None:
@@ -55,7 +58,9 @@ def test_another_size_names_what_differs(tiny: DualViTok, tmp_path: Path) -> Non
     del state["pixel_quant_conv.bias"]
     path = tmp_path / "model.bin"
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r"\(7, 8\) in the file, \(96, 8\) in the model.*pixel_quant_conv.bias"):
+    with pytest.raises(
+        ValueError, match=r"\(7, 8\) in the file, \(96, 8\) in the model.*pixel_quant_conv.bias"
+    ):
         load_dualvitok(tiny, path)
 
 

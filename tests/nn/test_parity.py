@@ -57,7 +57,9 @@ def test_every_official_key_shape_and_dtype_at_full_size(parity_dir: Path) -> No
         }
         for key, value in model.state_dict().items()
     }
-    assert ours == {key: {**value, "requires_grad": bool(value["requires_grad"])} for key, value in official.items()}
+    assert ours == {
+        key: {**value, "requires_grad": bool(value["requires_grad"])} for key, value in official.items()
+    }
     theirs = {
         key.removeprefix("discriminator."): value["shape"]
         for key, value in recorded["vq_loss"]["keys"].items()

@@ -208,7 +208,12 @@ def test_resume_equals_the_uninterrupted_run(shapes: Path, tmp_path: Path) -> No
     fit(build(), shapes, steps=6, phases=phases, callbacks=(ExactResume(), StopAt()))
     resumed = build(seed=99)
     trainer = fit(
-        resumed, shapes, steps=6, phases=phases, callbacks=(ExactResume(),), ckpt_path=str(tmp_path / "last.ckpt")
+        resumed,
+        shapes,
+        steps=6,
+        phases=phases,
+        callbacks=(ExactResume(),),
+        ckpt_path=str(tmp_path / "last.ckpt"),
     )
     assert trainer.global_step == 6
     for key, value in straight.state_dict().items():

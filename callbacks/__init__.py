@@ -2,6 +2,7 @@
 
 from callbacks.exact_resume import ExactResume
 from callbacks.phase_progress_bar import PhaseProgressBar
+from callbacks.prediction_pictures import PredictionPictures
 from callbacks.reconstruction_grid import ReconstructionGrid
 from callbacks.resolution_curriculum import ResolutionCurriculum
 from callbacks.result_table import ResultTable
@@ -11,6 +12,7 @@ from callbacks.warm_start import WarmStart
 __all__ = [
     "ExactResume",
     "PhaseProgressBar",
+    "PredictionPictures",
     "ReconstructionGrid",
     "ResolutionCurriculum",
     "ResultTable",

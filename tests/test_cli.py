@@ -152,3 +152,6 @@ def test_a_run_from_the_shipped_yaml(
     assert "last.ckpt:" in output
     assert "| shapes-64 |" in output
     assert (run / "pictures/validate/shapes-64.png").is_file()
+    cli.main(["predict", *SHAPES[1:], *args, f"--data.predict={{mine: {shapes / 'val'}}}"])
+    assert len(list((run / "predictions/mine-64").glob("*.png"))) == 8
+    assert len(list((run / "predictions/mine-any96").glob("*.png"))) == 8

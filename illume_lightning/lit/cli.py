@@ -66,6 +66,8 @@ class IllumeCLI(LightningCLI):
     def before_predict(self) -> None:
         """Take the run's last checkpoint."""
         self._require_checkpoint("predict")
+        # Pictures are written as they come; keeping them too would fill the memory.
+        self.config_init["predict"]["return_predictions"] = False
 
     def _require_checkpoint(self, command: str) -> None:
         if self._given_checkpoint() is None:

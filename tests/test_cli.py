@@ -55,7 +55,7 @@ SHAPES = ["fit", "-c", str(ROOT / "experiments/shapes/dualvitok.yaml")]
         ("--data.num_workers=two", ["data.num_workers", "int", "two"]),
         ("--trainer.accelerator=warp", ["warp", "cpu"]),
         ("--trainer.accelerator=tpu", ["torch_xla"]),
-        ("--trainer.max_steps=77", ["step 2000", "max_steps is 77"]),
+        ("--trainer.max_steps=77", ["step 2500", "max_steps is 77"]),
         ("--data.train=[{path: nowhere}]", ["nowhere", "illume prepare"]),
         ("--ckpt_path=gone.ckpt", ["gone.ckpt"]),
         (
@@ -152,6 +152,9 @@ def test_a_run_from_the_shipped_yaml(
     assert "last.ckpt:" in output
     assert "| shapes-64 |" in output
     assert (run / "pictures/validate/shapes-64.png").is_file()
+    line = fails(["validate", *SHAPES[1:], *args, "--model.model.pixel_quantizer.codebook_size=48"], capsys)
+    assert "last.ckpt does not fit" in line
+    assert "(32, 8) in the file, (48, 8) in the model" in line
     cli.main(["predict", *SHAPES[1:], *args, f"--data.predict={{mine: {shapes / 'val'}}}"])
     assert len(list((run / "predictions/mine-64").glob("*.png"))) == 8
     assert len(list((run / "predictions/mine-any96").glob("*.png"))) == 8

@@ -96,6 +96,7 @@ def _quieten() -> None:
         ".*LightningCLI's args parameter.*",
         ".*Experiment logs directory.*",
         ".*exists and is not empty.*",
+        "(?s).*Using ModelCheckpoint with manual optimization.*",
         ".*isinstance.*treespec, LeafSpec.*",
         ".*Consider setting `persistent_workers.*",
     ):

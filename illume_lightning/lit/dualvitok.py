@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from illume_lightning.lit.codebook_usage import CodebookUsage
 from illume_lightning.lit.datamodule import ImageBatch
 from illume_lightning.lit.reconstruction_metrics import ReconstructionMetrics
+from illume_lightning.nn.checkpoints import check_state_dict
 from illume_lightning.nn.discriminator import PatchDiscriminator
 from illume_lightning.nn.dualvitok import DualViTok, DualViTokOutput
 from illume_lightning.nn.losses import DualViTokLoss, Perceptual
@@ -134,6 +135,14 @@ class DualViTokModule(L.LightningModule):
     def _loss_scale(self) -> float:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return 1.0 if scaler is None else scaler.get_scale()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model in one sentence.
+
+        Raises:
+            ValueError: names the first weights that are missing, unexpected or of another shape.
+        """
+        check_state_dict(self.state_dict(), checkpoint["state_dict"], str(self.trainer.ckpt_path))
 
     # -- training --------------------------------------------------------------------------------------------
 

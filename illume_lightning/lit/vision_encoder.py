@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from illume_lightning.lit.datamodule import ImageBatch
 from illume_lightning.lit.dualvitok import to_float
+from illume_lightning.nn.checkpoints import check_state_dict
 from illume_lightning.nn.contrastive import ImageTextModel, Region
 
 
@@ -48,6 +49,14 @@ class VisionEncoderModule(L.LightningModule):
             return optimizer
         scheduler = {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model in one sentence.
+
+        Raises:
+            ValueError: names the first weights that are missing, unexpected or of another shape.
+        """
+        check_state_dict(self.state_dict(), checkpoint["state_dict"], str(self.trainer.ckpt_path))
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Sigmoid contrastive loss of captions, plus that of regions."""

@@ -40,10 +40,21 @@ class SpatialNorm(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, C, H, W) and condition (B, Z, h, w) with H = h * 2^n -> (B, C, H, W)."""
-        size = x.shape[-2:]
-        scale = F.interpolate(self.conv_y(condition), size)
-        shift = F.interpolate(self.conv_b(condition), size)
-        return self.norm_layer(x) * scale + shift
+        x = self.norm_layer(x)
+        scale, shift = self.conv_y(condition), self.conv_b(condition)
+        if not x.is_contiguous():
+            # Channels-last: repeating is fast, sums over broadcast rows in the backward pass are not.
+            size = x.shape[-2:]
+            return x * F.interpolate(scale, size) + F.interpolate(shift, size)
+        # Repeat columns only and broadcast rows: nothing of full resolution is made but the result.
+        factor = x.shape[-2] // condition.shape[-2]
+        rows = x.unflatten(2, (-1, factor))
+        return (rows * _repeat_columns(scale, factor) + _repeat_columns(shift, factor)).flatten(2, 3)
+
+
+def _repeat_columns(grid: Tensor, factor: int) -> Tensor:
+    """(B, C, h, w) -> (B, C, h, 1, w * factor), each column ``factor`` times."""
+    return grid[:, :, :, None, :, None].expand(-1, -1, -1, -1, -1, factor).flatten(4)
 
 
 def _norm(channels: int, num_groups: int, condition_channels: int | None) -> nn.Module:

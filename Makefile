@@ -51,9 +51,9 @@ check: setup ## Lint, format check and type check
 
 .PHONY: benchmark
 benchmark: setup ## Measure quantiser, training step and loader; results go to benchmarks/results
-	$(BIN)/python -m benchmarks.simvq
-	$(BIN)/python -m benchmarks.training_step
-	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python benchmarks/simvq.py
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/loader.py
 
 .PHONY: clean
 clean: ## Remove the virtual environment and caches; data and runs stay

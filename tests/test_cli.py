@@ -65,9 +65,10 @@ SHAPES = ["fit", "-c", str(ROOT / "experiments/shapes/dualvitok.yaml")]
     ],
 )
 def test_wrong_values_end_in_one_line(
-    flag: str, expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flag: str, expected: list[str], shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = fails([*SHAPES, f"--trainer.default_root_dir={tmp_path}", flag], capsys)
+    data = [f"--data.train=[{{path: {shapes / 'train'}}}]", f"--data.val={{shapes: {shapes / 'val'}}}"]
+    line = fails([*SHAPES, f"--trainer.default_root_dir={tmp_path}", *data, flag], capsys)
     for part in expected:
         assert part in line, line
     assert len(line) < 700

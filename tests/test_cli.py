@@ -55,7 +55,6 @@ SHAPES = ["fit", "-c", str(ROOT / "experiments/shapes/dualvitok.yaml")]
         ("--data.num_workers=two", ["data.num_workers", "int", "two"]),
         ("--trainer.accelerator=warp", ["warp", "cpu"]),
         ("--trainer.accelerator=tpu", ["torch_xla"]),
-        ("--trainer.max_steps=77", ["step 2500", "max_steps is 77"]),
         ("--data.train=[{path: nowhere}]", ["nowhere", "illume prepare"]),
         ("--ckpt_path=gone.ckpt", ["gone.ckpt"]),
         (
@@ -72,6 +71,16 @@ def test_wrong_values_end_in_one_line(
     for part in expected:
         assert part in line, line
     assert len(line) < 700
+
+
+def test_phases_that_contradict_max_steps(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", "-c", str(ROOT / "experiments/shapes/vision_encoder.yaml"), "--trainer.max_steps=77"]
+    stores = [f"--data.train=[{{path: {shapes / 'train'}}}]", f"--data.val={{shapes: {shapes / 'val'}}}"]
+    line = fails([*args, *stores, f"--trainer.default_root_dir={tmp_path}"], capsys)
+    assert "step 600" in line
+    assert "max_steps is 77" in line
 
 
 def test_unknown_command_and_missing_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """The training loader against raw decoding of the same JPEG bytes.
 
-    python benchmarks/loader.py [--images 2000] [--size 256] [--repeats 3]
+    python benchmarks/loader.py [--images 8000] [--size 256] [--repeats 3]
 
 Ours: pictures a second that the ImageDataModule's loader hands to the training process with 2 workers, batches of
 16, no resizing. Raw: two processes that decode the same bytes with PIL in a loop and keep nothing. Both are timed
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=8000)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()

@@ -1,17 +1,20 @@
 """Batches of images as a plan names them: reading, and loaders that can stop and go on anywhere."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from illume_lightning.data.plan import Plan, PlanItem
+from illume_lightning.data.slots import InlineTensor, SharedSlots
 from illume_lightning.data.store import ImageStore
 from illume_lightning.data.transform import decode_at, is_flipped
+from illume_lightning.host_memory import keep_freed_memory
 from illume_lightning.resolution import Size, any_resolution
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ class ImageBatch(NamedTuple):
     sample_number: Tensor
 
 
-class PlannedImages(Dataset[ImageBatch]):
+class PlannedImages:
     """Reads the samples that a plan names; a whole batch at a time.
 
     Args:
@@ -51,16 +54,19 @@ class PlannedImages(Dataset[ImageBatch]):
         self.seed = seed
         self.horizontal_flip = horizontal_flip
 
-    def __getitems__(self, items: list[PlanItem]) -> ImageBatch:
+    def read(self, items: Sequence[PlanItem], images: Tensor | None = None) -> ImageBatch:
         """Read a batch of items that have one size.
+
+        Args:
+            items: at least one.
+            images: uint8 (B, 3, H, W) to write the pictures to; none makes a new one.
 
         Raises:
             ValueError: if an image is damaged; names the store and the record.
         """
         captions, metas = [], []
-        images = torch.empty(len(items), 3, *items[0].size, dtype=torch.uint8)
-        if get_worker_info() is not None:
-            images.share_memory_()  # the process that trains takes it from there without another copy
+        if images is None:
+            images = torch.empty(batch_shape(items), dtype=torch.uint8)
         for image, item in zip(images.numpy(), items, strict=True):
             record = self.stores[item.dataset].read(item.index)
             flip = is_flipped(self.seed, item.sample_number, self.horizontal_flip)
@@ -75,6 +81,11 @@ class PlannedImages(Dataset[ImageBatch]):
             metas.append(record.meta)
         numbers = torch.tensor([[item.dataset, item.index, item.sample_number] for item in items])
         return ImageBatch(images, captions, metas, *numbers.unbind(dim=1))
+
+
+def batch_shape(items: Sequence[PlanItem]) -> tuple[int, int, int, int]:
+    """(B, 3, H, W) of the pictures of items that have one size."""
+    return len(items), 3, *items[0].size
 
 
 class PlanBatches:
@@ -96,33 +107,89 @@ class PlanBatches:
         return self.plan.schedule.num_micro_batches(self.world_size)
 
 
+class Reader(Protocol):
+    """Reads batches."""
+
+    def read(self, items: Sequence[PlanItem], images: Tensor | None = None) -> Any:
+        """A batch, with its pictures in ``images`` where given; then it is a named tuple with that field."""
+        ...
+
+
 class _SizedBatches(Sized, Iterable[list[PlanItem]], Protocol):
     pass
 
 
 class BatchLoader:
-    """A torch DataLoader over ready-made batches of plan items.
+    """A torch DataLoader over ready-made batches of plan items, whose workers write to shared slots.
 
     It is no DataLoader itself, because Lightning would put a distributed sampler of its own over the plan.
 
     Args:
-        dataset: reads a list of plan items.
-        batches: the lists, each one batch; already this device's own.
-        options: passed on to the DataLoader.
+        reader: reads a batch.
+        batches: lists of items, each one batch; already this device's own.
+        max_bytes: of the pictures of the largest batch.
+        num_workers: processes that read; 0 reads in this one.
+        prefetch: batches that each worker reads ahead.
+        pin_memory: page-locked batches.
     """
 
-    def __init__(self, dataset: Dataset[Any], batches: _SizedBatches, **options: Any) -> None:
-        self.batches = batches
-        # A generator of its own: starting the workers must not draw from the run's random numbers.
-        self._loader: DataLoader[Any] = DataLoader(
-            dataset, batch_sampler=batches, collate_fn=_as_it_is, generator=torch.Generator(), **options
-        )
+    def __init__(
+        self,
+        reader: Reader,
+        batches: _SizedBatches,
+        max_bytes: int,
+        num_workers: int = 0,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+    ) -> None:
+        self.reader, self.batches, self.max_bytes = reader, batches, max_bytes
+        self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self._loader
+        slots = None
+        if self.num_workers:
+            # Beside those read ahead, training holds the present batch and Lightning the next.
+            slots = SharedSlots(self.num_workers * self.prefetch + 3, self.max_bytes)
+        batches: Any = _slotted(self.batches, slots)  # torch's type knows lists only
+        loader: DataLoader[Any] = DataLoader(
+            _SlottedReader(self.reader, slots),
+            batch_sampler=batches,
+            collate_fn=_as_it_is,
+            # Of its own: starting the workers must not draw from the run's random numbers.
+            generator=torch.Generator(),
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch if self.num_workers else None,
+            pin_memory=self.pin_memory,
+            worker_init_fn=_start_worker,
+        )
+        yield from loader
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+class _SlottedReader(Dataset[Any]):
+    """Reads batches into slots, in a worker."""
+
+    def __init__(self, reader: Reader, slots: SharedSlots | None) -> None:
+        self.reader, self.slots = reader, slots
+
+    def __getitems__(self, batch: tuple[list[PlanItem], int | None]) -> Any:
+        items, slot = batch
+        if self.slots is None or slot is None:
+            return self.reader.read(items)
+        shape = batch_shape(items)
+        read = self.reader.read(items, self.slots.tensor(slot, shape))
+        tensors = {name: value for name, value in read._asdict().items() if isinstance(value, Tensor)}
+        small = {name: InlineTensor(tensor) for name, tensor in tensors.items() if name != "images"}
+        return read._replace(images=self.slots.hand_over(slot, shape), **small)
+
+
+def _slotted(
+    batches: _SizedBatches, slots: SharedSlots | None
+) -> Iterator[tuple[list[PlanItem], int | None]]:
+    for items in batches:
+        yield items, slots.take(math.prod(batch_shape(items))) if slots else None
 
 
 class PlanLoader(BatchLoader):
@@ -132,24 +199,25 @@ class PlanLoader(BatchLoader):
     micro-batch of the first unfinished step, on any number of devices and with any number of workers.
 
     Args:
-        dataset: reads a list of plan items.
+        reader: reads a batch.
         batches: this device's share of the plan.
         finished_steps: tells how many training steps are finished.
         fingerprint: of the data and seed.
-        options: passed on to the DataLoader.
+        options: of BatchLoader.
     """
 
     batches: PlanBatches
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        reader: Reader,
         batches: PlanBatches,
         finished_steps: Callable[[], int],
         fingerprint: str,
         **options: Any,
     ) -> None:
-        super().__init__(dataset, batches, **options)
+        max_pixels = max(phase.micro_batch_size * phase.max_area for phase in batches.plan.schedule.phases)
+        super().__init__(reader, batches, 3 * max_pixels, **options)
         self._finished_steps = finished_steps
         self._fingerprint = fingerprint
 
@@ -221,6 +289,10 @@ def deal_batches(
             )
         batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
     return batches[rank::world_size]
+
+
+def _start_worker(number: int) -> None:
+    keep_freed_memory()  # decoding needs the same blocks over and over
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -93,6 +93,9 @@ class Plan:
         self._shapes = shapes
         self._buckets = [assign_buckets(phase, shapes) for phase in self.schedule.phases]
         self._check_buckets()
+        weights = np.array([[dataset.weight] for dataset in self.datasets])
+        shares = [buckets.counts / buckets.counts.sum(axis=1, keepdims=True) for buckets in self._buckets]
+        self._rates_of = [weights / weights.sum() * share for share in shares]
         self._lanes = _Latest(self._make_lanes)
         self._bucket_order = _Latest(self._make_bucket_order)
         self._step = _Latest(self._make_step)
@@ -161,9 +164,7 @@ class Plan:
 
     def _rates(self, phase_index: int) -> np.ndarray:
         """Share (D, b) of the samples of a phase that each lane gives: datasets by weight, lanes by count."""
-        weights = np.array([dataset.weight for dataset in self.datasets])
-        counts = self._buckets[phase_index].counts
-        return (weights / weights.sum())[:, None] * counts / counts.sum(axis=1, keepdims=True)
+        return self._rates_of[phase_index]
 
     def _make_step(self, step: int) -> tuple[Size, np.ndarray, np.ndarray]:
         """Size, datasets (B,) and records (B,) of a whole training step."""
@@ -268,10 +269,11 @@ class _Lane:
         passes, places = np.divmod(occurrences, len(self.samples))
         windows, offsets = np.divmod(places, self.window)
         records = np.empty(len(occurrences), dtype=np.int64)
-        groups, group_of = np.unique(np.stack([passes, windows]), axis=1, return_inverse=True)
-        for group, (number, window) in enumerate(groups.T.tolist()):
-            members = group_of == group
-            records[members] = self._latest_window(number, window)[offsets[members]]
+        windows_in_all = passes * -(-len(self.samples) // self.window) + windows
+        for number in np.unique(windows_in_all):
+            members = windows_in_all == number
+            window = self._latest_window(int(passes[members][0]), int(windows[members][0]))
+            records[members] = window[offsets[members]]
         return records
 
     def _make_window(self, number: int, window: int) -> np.ndarray:

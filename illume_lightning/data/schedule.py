@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from illume_lightning.resolution import PIXEL_STRIDE
+from illume_lightning.resolution import PIXEL_STRIDE, ratio_sizes
 
 SizeMode = Literal["fixed", "multi_ratio", "any_resolution"]
 
@@ -33,6 +33,13 @@ class Phase:
 
     lr: float | None = None
     """Learning rate of every parameter group in this phase; none leaves the optimizers as they are."""
+
+    @property
+    def max_area(self) -> int:
+        """Pixels of the phase's largest picture."""
+        if self.mode != "multi_ratio":
+            return self.side**2
+        return max(height * width for height, width in ratio_sizes(self.side))
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches that every device runs for one training step.

@@ -3,10 +3,13 @@
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from illume_lightning.host_memory import keep_freed_memory
 
 
 class IllumeCLI(LightningCLI):
@@ -48,6 +51,12 @@ class IllumeCLI(LightningCLI):
         """The curriculum's section, and one seed for weights, data order and noise."""
         parser.add_lightning_class_args(self.curriculum, "curriculum")
         parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def instantiate_classes(self, *args: Any, **options: Any) -> None:
+        """Build model, data and trainer; on a CPU also set its memory up."""
+        super().instantiate_classes(*args, **options)
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
 
     def before_fit(self) -> None:
         """Continue an interrupted run."""

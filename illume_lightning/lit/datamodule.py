@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from illume_lightning.data.loader import (
     PlanBatches,
     PlanLoader,
     PlannedImages,
+    batch_shape,
     deal_batches,
     evaluation_items,
 )
@@ -57,7 +59,6 @@ class ImageDataModule(L.LightningDataModule):
         horizontal_flip: probability that a training image is mirrored.
         num_workers: processes that read, per device; 0 reads in the training process.
         prefetch: batches that each worker reads ahead.
-        persistent_workers: keep the evaluation's workers between evaluations.
         pin_memory: page-locked batches, where there is an accelerator.
         shuffle_window: samples of a store among which the order is fully random, see `Plan`.
         seed: of the order and the augmentation.
@@ -79,7 +80,6 @@ class ImageDataModule(L.LightningDataModule):
         horizontal_flip: float = 0.5,
         num_workers: int = 2,
         prefetch: int = 4,
-        persistent_workers: bool = False,
         pin_memory: bool = True,
         shuffle_window: int = 4096,
         seed: int = 0,
@@ -102,7 +102,7 @@ class ImageDataModule(L.LightningDataModule):
         self.horizontal_flip = horizontal_flip
         self.shuffle_window, self.seed = shuffle_window, seed
         self.num_workers, self.prefetch = num_workers, prefetch
-        self.persistent_workers, self.pin_memory = persistent_workers, pin_memory
+        self.pin_memory = pin_memory
         self._phases: tuple[Phase, ...] | None = None
         self._plan: Plan | None = None
         self._stores: dict[str, ImageStore] = {}
@@ -186,7 +186,7 @@ class ImageDataModule(L.LightningDataModule):
         rank, world_size = replica(self.trainer)
         images = self._training_images()
         for step in range(start, min(start + num_batches, self.plan.schedule.num_steps)):
-            yield images.__getitems__(self.plan.batch(step, 0, rank, world_size)).images
+            yield images.read(self.plan.batch(step, 0, rank, world_size)).images
 
     def _training_images(self) -> PlannedImages:
         return PlannedImages(self._train_stores(), self.seed, self.horizontal_flip)
@@ -195,7 +195,6 @@ class ImageDataModule(L.LightningDataModule):
         sides = [(side, False) for side in self.val_sizes]
         if self.val_any_resolution is not None:
             sides.append((self.val_any_resolution, True))
-        options = self._options() | {"persistent_workers": self.persistent_workers and self.num_workers > 0}
         loaders = []
         self.val_names = []
         for name, path in self.paths[stage].items():
@@ -203,7 +202,8 @@ class ImageDataModule(L.LightningDataModule):
             for side, own_size in sides:
                 items = evaluation_items(store.sizes, side, own_size, self.val_limit)
                 batches = deal_batches(items, self.val_batch_size, *replica(self.trainer))
-                loaders.append(BatchLoader(PlannedImages([store]), batches, **options))
+                max_bytes = max(math.prod(batch_shape(batch)) for batch in batches)
+                loaders.append(BatchLoader(PlannedImages([store]), batches, max_bytes, **self._options()))
                 self.val_names.append(f"{name}-{'any' if own_size else ''}{side}")
         return loaders
 
@@ -211,7 +211,7 @@ class ImageDataModule(L.LightningDataModule):
         has_accelerator = self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
         return {
             "num_workers": self.num_workers,
-            "prefetch_factor": self.prefetch if self.num_workers else None,
+            "prefetch": self.prefetch,
             "pin_memory": self.pin_memory and has_accelerator,
         }
 

@@ -183,7 +183,9 @@ def main() -> None:
         return
     started_on = record.hardware()
     with tempfile.TemporaryDirectory() as folder:
-        paths = {mode: Path(folder) / f"{mode.replace(', ', '_').replace(' ', '_')}.pt" for mode in args.modes}
+        paths = {
+            mode: Path(folder) / f"{mode.replace(', ', '_').replace(' ', '_')}.pt" for mode in args.modes
+        }
         runs = {mode: run(mode, paths[mode]) for mode in args.modes}
         reference = paths.get(MODES[0])
         errors = {m: disagreement(p, reference) for m, p in paths.items() if reference and p != reference}

@@ -49,6 +49,8 @@ class PlannedImages:
         horizontal_flip: probability that a sample is mirrored.
     """
 
+    writes_images = True
+
     def __init__(self, stores: Sequence[ImageStore], seed: int = 0, horizontal_flip: float = 0.0) -> None:
         self.stores = list(stores)
         self.seed = seed
@@ -110,8 +112,11 @@ class PlanBatches:
 class Reader(Protocol):
     """Reads batches."""
 
+    writes_images: bool
+    """Whether batches have pictures, which `read` writes where it is told to."""
+
     def read(self, items: Sequence[PlanItem], images: Tensor | None = None) -> Any:
-        """A batch, with its pictures in ``images`` where given; then it is a named tuple with that field."""
+        """A batch, a named tuple; with ``images`` given, its pictures, the field of that name, are written there."""
         ...
 
 
@@ -147,7 +152,7 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Any]:
         slots = None
-        if self.num_workers:
+        if self.num_workers and self.reader.writes_images:
             # Beside those read ahead, training holds the present batch and Lightning the next.
             slots = SharedSlots(self.num_workers * self.prefetch + 3, self.max_bytes)
         batches: Any = _slotted(self.batches, slots)  # torch's type knows lists only

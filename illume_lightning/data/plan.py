@@ -72,6 +72,7 @@ class Plan:
         seed: of every random order; not negative.
         shuffle_window: samples of a dataset among which the order is fully random; datasets that are
             smaller are fully shuffled.
+        merge_buckets: pictures of rare sizes join their neighbours; off for samples whose size is fixed.
 
     Raises:
         ValueError: if a dataset is empty, or a phase leaves nothing of it, or an argument is out of range.
@@ -83,6 +84,7 @@ class Plan:
         datasets: Sequence[DatasetSource],
         seed: int = 0,
         shuffle_window: int = 4096,
+        merge_buckets: bool = True,
     ) -> None:
         self.schedule = Schedule(phases)
         self.datasets = tuple(datasets)
@@ -91,7 +93,7 @@ class Plan:
         self._check()
         shapes = [Shapes.of(np.asarray(dataset.sizes)) for dataset in self.datasets]
         self._shapes = shapes
-        self._buckets = [assign_buckets(phase, shapes) for phase in self.schedule.phases]
+        self._buckets = [assign_buckets(phase, shapes, merge_buckets) for phase in self.schedule.phases]
         self._check_buckets()
         weights = np.array([[dataset.weight] for dataset in self.datasets])
         shares = [buckets.counts / buckets.counts.sum(axis=1, keepdims=True) for buckets in self._buckets]
@@ -121,14 +123,19 @@ class Plan:
             )
         size, datasets, indices = self._step(step)
         start = (micro_batch * world_size + rank) * phase.micro_batch_size
-        first_sample = self.schedule.first_sample(step)
-        items = []
-        for slot in range(start, start + phase.micro_batch_size):
-            dataset, index = int(datasets[slot]), int(indices[slot])
-            height, width = self.datasets[dataset].sizes[index].tolist()
-            stretch = phase.mode == "any_resolution" and size == any_resolution(height, width, phase.side)
-            items.append(PlanItem(dataset, index, size, first_sample + slot, stretch))
-        return items
+        mine = slice(start, start + phase.micro_batch_size)
+        places = zip(datasets[mine].tolist(), indices[mine].tolist(), strict=True)
+        first_sample = self.schedule.first_sample(step) + start
+        return [
+            PlanItem(dataset, index, size, number, self._stretches(phase, dataset, index, size))
+            for number, (dataset, index) in enumerate(places, first_sample)
+        ]
+
+    def _stretches(self, phase: Phase, dataset: int, index: int, size: Size) -> bool:
+        if phase.mode != "any_resolution":
+            return False
+        height, width = self.datasets[dataset].sizes[index].tolist()
+        return size == any_resolution(height, width, phase.side)
 
     def describe(self) -> str:
         """What every phase reads: buckets, samples, what is left out, and passes; one text for the log."""
@@ -265,11 +272,13 @@ class _Lane:
         self._latest_window = _Latest(self._make_window)
 
     def at(self, occurrences: np.ndarray) -> np.ndarray:
-        """Records (k,) at the occurrences (k,) of the lane, counted from 0 through all passes."""
+        """Records (k,) at rising occurrences (k,) of the lane, counted from 0 through all passes."""
         passes, places = np.divmod(occurrences, len(self.samples))
         windows, offsets = np.divmod(places, self.window)
         records = np.empty(len(occurrences), dtype=np.int64)
         windows_in_all = passes * -(-len(self.samples) // self.window) + windows
+        if len(occurrences) and windows_in_all[0] == windows_in_all[-1]:  # occurrences rise, so this is all of them
+            return self._latest_window(int(passes[0]), int(windows[0]))[offsets]
         for number in np.unique(windows_in_all):
             members = windows_in_all == number
             window = self._latest_window(int(passes[members][0]), int(windows[members][0]))

@@ -14,6 +14,8 @@ from illume_lightning.data.slots import SharedSlots
 class Numbered:
     """Pictures filled with their record's number."""
 
+    writes_images = True
+
     def read(self, items, images=None):
         if images is None:
             images = torch.empty(batch_shape(items), dtype=torch.uint8)

@@ -22,6 +22,8 @@ Data
   prepare images SOURCE... OUT   folders, webdataset tars or parquet files -> a store for training
   prepare shapes|photographs|emoji OUT
                                  the embedded worlds
+  prepare latents STORE OUT TOKENIZER
+                                 codes and latents for the diffusion decoder
 
 Training (LightningCLI; one YAML is one run)
   fit -c FILE.yaml               train; started again, it continues where it stopped
@@ -145,6 +147,11 @@ def _prepare(rest: list[str]) -> None:
     from illume_lightning.data.worlds.photographs import prepare_photographs
     from illume_lightning.data.worlds.shapes import prepare_shapes
 
+    if rest[:1] == ["latents"]:  # imports the models, which the others don't need
+        from illume_lightning.lit.prepare_latents import prepare_latents
+
+        auto_cli({"latents": prepare_latents}, args=rest, prog="illume prepare", as_positional=True)
+        return
     importers: dict[str, Any] = {
         "images": prepare_images,
         "shapes": prepare_shapes,

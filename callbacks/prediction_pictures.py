@@ -1,4 +1,4 @@
-"""Reconstructions of ``illume predict`` as files."""
+"""Pictures of ``illume predict`` as files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,15 +6,18 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
-from PIL import Image
+from torch import Tensor
 
+from callbacks.reconstruction_grid import grid, save
 from illume_lightning.lit.datamodule import ImageBatch
 
 
 class PredictionPictures(BasePredictionWriter):
-    """Write every reconstruction to ``predictions/<loader>/<record>.png`` in the run's folder.
+    """Write every picture to ``predictions/<loader>/<record>.png`` in the run's folder.
 
-    ``<loader>`` is the datamodule's name for store and size, ``<record>`` the number in the store.
+    ``<loader>`` is the datamodule's name for store and size, ``<record>`` the number in the store. A module
+    that makes several pictures of each input gives them names: ``<record>-<name>.png``, and a row of the input
+    and all of them, ``<record>-row.png``.
     """
 
     def __init__(self) -> None:
@@ -30,8 +33,17 @@ class PredictionPictures(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write a batch; ``prediction`` is uint8 (B, 3, H, W)."""
+        """Write a batch; ``prediction`` is uint8 (B, 3, H, W), or such tensors by name."""
         folder = Path(trainer.default_root_dir) / "predictions" / trainer.datamodule.val_names[dataloader_idx]
         folder.mkdir(parents=True, exist_ok=True)
-        for image, index in zip(prediction.cpu(), batch.index.tolist(), strict=True):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:06d}.png")
+        for number, index in enumerate(batch.index.tolist()):
+            if isinstance(prediction, Tensor):
+                save(prediction[number], folder / f"{index:06d}.png")
+                continue
+            pictures = {name: batch_of[number].cpu() for name, batch_of in prediction.items()}
+            for name, picture in pictures.items():
+                save(picture, folder / f"{index:06d}-{name}.png")
+            save(
+                grid([[batch.images[number].cpu(), *pictures.values()]], axis=2),
+                folder / f"{index:06d}-row.png",
+            )

@@ -1,5 +1,7 @@
-"""Pictures of what the tokenizer makes of the validation images."""
+"""Pictures of what a module makes of the validation images."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ GAP = 4
 
 
 class ReconstructionGrid(L.Callback):
-    """Write ``pictures/step=<N>/<size>.png`` at every validation: inputs above, reconstructions below.
+    """Write ``pictures/step=<N>/<size>.png`` at every validation: inputs above, what became of them below.
 
     ``illume validate`` writes to ``pictures/validate``.
 
@@ -25,12 +27,12 @@ class ReconstructionGrid(L.Callback):
 
     def __init__(self, num_pictures: int = 8) -> None:
         self.num_pictures = num_pictures
-        self._pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._columns: dict[int, list[list[Tensor]]] = {}
         self.latest: list[Path] = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start anew."""
-        self._pairs = {}
+        self._columns = {}
 
     def on_validation_batch_end(
         self,
@@ -41,11 +43,12 @@ class ReconstructionGrid(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first pictures; ``outputs`` is the reconstruction (B, 3, H, W) in [-1, 1]."""
-        pairs = self._pairs.setdefault(dataloader_idx, [])
-        missing = self.num_pictures - len(pairs)
-        reconstructions = to_uint8(outputs[: max(0, missing)])
-        pairs.extend(zip(batch.images[:missing].cpu(), reconstructions.cpu(), strict=False))
+        """Keep the first pictures; ``outputs`` are (B, 3, H, W) in [-1, 1], or several such by name."""
+        columns = self._columns.setdefault(dataloader_idx, [])
+        missing = max(0, self.num_pictures - len(columns))
+        made = [outputs] if isinstance(outputs, Tensor) else list(outputs.values())
+        rows = [batch.images[:missing], *(to_uint8(pictures[:missing]) for pictures in made)]
+        columns.extend([list(column) for column in zip(*(row.cpu() for row in rows), strict=True)])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the grids, rank 0 only."""
@@ -55,29 +58,40 @@ class ReconstructionGrid(L.Callback):
         folder = Path(trainer.default_root_dir) / "pictures" / name
         folder.mkdir(parents=True, exist_ok=True)
         self.latest = []
-        for index, pairs in self._pairs.items():
+        for index, columns in self._columns.items():
             path = folder / f"{trainer.datamodule.val_names[index]}.png"
-            Image.fromarray(grid(pairs).permute(1, 2, 0).numpy()).save(path)
+            save(grid(columns, axis=1), path)
             self.latest.append(path)
 
 
-def grid(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Columns of pictures, each over its reconstruction.
+def grid(groups: Sequence[Sequence[Tensor]], axis: int) -> Tensor:
+    """Groups of pictures that belong together, on a gray ground.
 
     Args:
-        pairs: (3, H, W) uint8 pictures and reconstructions; sizes may differ from pair to pair.
+        groups: (3, H, W) uint8 pictures; sizes may differ.
+        axis: 1 puts a group's pictures below each other and the groups side by side, 2 the other way.
 
     Returns:
-        (3, height, width) uint8 on a gray ground.
+        (3, height, width) uint8.
     """
-    heights = [image.shape[1] for image, _ in pairs]
-    width = sum(image.shape[2] + GAP for image, _ in pairs) + GAP
-    canvas = torch.full((3, 2 * max(heights) + 3 * GAP, width), 128, dtype=torch.uint8)
+    if axis == 2:
+        return grid([[picture.mT for picture in group] for group in groups], axis=1).mT
+    rows = [max(group[row].shape[1] for group in groups) for row in range(len(groups[0]))]
+    widths = [max(picture.shape[2] for picture in group) for group in groups]
+    height, width = (sum(sides) + GAP * (len(sides) + 1) for sides in (rows, widths))
+    canvas = torch.full((3, height, width), 128, dtype=torch.uint8)
     left = GAP
-    for image, reconstruction in pairs:
-        _, h, w = image.shape
-        canvas[:, GAP : GAP + h, left : left + w] = image
-        top = max(heights) + 2 * GAP
-        canvas[:, top : top + h, left : left + w] = reconstruction
-        left += w + GAP
+    for group, group_width in zip(groups, widths, strict=True):
+        top = GAP
+        for picture, row in zip(group, rows, strict=True):
+            canvas[:, top : top + picture.shape[1], left : left + picture.shape[2]] = picture
+            top += row + GAP
+        left += group_width + GAP
     return canvas
+
+
+def save(picture: Tensor, path: Path) -> None:
+    """Write (3, H, W) uint8 as a PNG that is there in full or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(partial, format="PNG")
+    os.replace(partial, path)

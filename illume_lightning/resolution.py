@@ -58,6 +58,23 @@ SEMANTIC_INPUT_SIZES: MappingProxyType[Size, Size] = MappingProxyType(
 """Picture size to the size that the semantic branch sees, where the official release fixes it: here the
 aspect ratio survives exactly, which plain rounding down to multiples of 28 would not keep."""
 
+DECODER_SIZES: tuple[Size, ...] = (
+    (1024, 1024),
+    (1024, 768),
+    (768, 1024),
+    (2048, 512),
+    (512, 2048),
+    (1920, 640),
+    (640, 1920),
+    (1536, 768),
+    (768, 1536),
+    (1152, 768),
+    (768, 1152),
+    (512, 512),
+)
+"""Output sizes of the published diffusion decoder as (height, width), in the order in which its pipeline counts
+them: there the strings read (width, height)."""
+
 
 class Grids(NamedTuple):
     """Rows and columns of the two code grids of a picture."""
@@ -122,7 +139,7 @@ def check_size(height: int, width: int) -> None:
     )
 
 
-def ratio_sizes(side: int) -> tuple[Size, ...]:
+def ratio_sizes(side: int, step: int = PIXEL_STRIDE) -> tuple[Size, ...]:
     """The 11 aspect ratios at an area near `side` x `side` pixels (paper 3.4).
 
     At 512 these are exactly the official release's anchors; elsewhere the anchors scaled and rounded to
@@ -130,6 +147,7 @@ def ratio_sizes(side: int) -> tuple[Size, ...]:
 
     Args:
         side: square root of the area, in pixels.
+        step: both sides are multiples of this many pixels, itself a multiple of 16.
 
     Returns:
         11 sizes in the order of `RATIO_ANCHORS`; at very small areas some of them coincide.
@@ -140,7 +158,38 @@ def ratio_sizes(side: int) -> tuple[Size, ...]:
     if side < PIXEL_STRIDE:
         raise ValueError(f"side {side}: the smallest picture has a side of {PIXEL_STRIDE} pixels")
     scale = side / RATIO_SIDE
-    return tuple((_nearest_multiple(h * scale), _nearest_multiple(w * scale)) for h, w in RATIO_ANCHORS)
+    return tuple(
+        (_nearest_multiple(h * scale, step), _nearest_multiple(w * scale, step)) for h, w in RATIO_ANCHORS
+    )
+
+
+def decoder_size_index(size: Size, sizes: Sequence[Size], transposed: bool = False) -> int:
+    """Which of the diffusion decoder's output sizes a size is: its micro-condition.
+
+    A size that is not in the list takes the number of the one with its aspect ratio: the paper's first stage
+    trains 11 ratios near 512 x 512, the official release counts only 512 x 512 of them.
+
+    Args:
+        size: of the output.
+        sizes: the list, such as `DECODER_SIZES`.
+        transposed: look up (width, height) instead. The official release's pipeline and the leftovers of its
+            training code read the list in different orders, so published weights may need either.
+
+    Raises:
+        ValueError: if no listed size has that ratio.
+    """
+    height, width = reversed(size) if transposed else size
+    if (height, width) in sizes:
+        return sizes.index((height, width))
+    for number, (listed_height, listed_width) in enumerate(sizes):
+        # Sizes round to multiples of 16, so ratios differ by up to half a cell.
+        if abs(height * listed_width / listed_height - width) <= PIXEL_STRIDE / 2:
+            return number
+    listed = ", ".join(f"{h} x {w}" for h, w in sizes)
+    raise ValueError(
+        f"output size {size[0]} x {size[1]} (height x width): the diffusion decoder has none of this aspect "
+        f"ratio; its sizes are {listed}"
+    )
 
 
 def cropped_fraction(height: int, width: int, size: Size) -> float:
@@ -207,5 +256,5 @@ def _multiple_below(length: int, step: int) -> int:
     return max(step, length // step * step)
 
 
-def _nearest_multiple(length: float) -> int:
-    return max(PIXEL_STRIDE, round(length / PIXEL_STRIDE) * PIXEL_STRIDE)
+def _nearest_multiple(length: float, step: int = PIXEL_STRIDE) -> int:
+    return max(step, round(length / step) * step)

@@ -58,13 +58,13 @@ class Buckets:
     num_merged: np.ndarray
 
 
-def assign_buckets(phase: Phase, datasets: Sequence[Shapes]) -> Buckets:
+def assign_buckets(phase: Phase, datasets: Sequence[Shapes], merge: bool = True) -> Buckets:
     """Put every picture of a phase into the bucket of its size.
 
     Buckets with fewer pictures than a training step has samples are merged into their neighbours, see
-    `merge_small_buckets`.
+    `merge_small_buckets`; where samples can't change their size, `merge` is off.
     """
-    target = partial(_target, phase, ratio_sizes(phase.side))
+    target = partial(target_size, phase, ratio_sizes(phase.side, phase.size_step))
     targets = [[target(h, w) for h, w in shapes.sizes.tolist()] for shapes in datasets]
     sizes = sorted({size for row in targets for size in row if size is not None})
     number = {size: index for index, size in enumerate(sizes)} | {None: -1}
@@ -79,7 +79,9 @@ def assign_buckets(phase: Phase, datasets: Sequence[Shapes]) -> Buckets:
         np.minimum.at(lows, bucket[kept], aspects)
         np.maximum.at(highs, bucket[kept], aspects)
 
-    merged = merge_small_buckets(sizes, counts.sum(axis=0), lows, highs, phase.batch_size)
+    merged = np.arange(len(sizes))
+    if merge:
+        merged = merge_small_buckets(sizes, counts.sum(axis=0), lows, highs, phase.batch_size)
     survivors = np.unique(merged)
     renumber = np.append(np.searchsorted(survivors, merged), -1)  # entry -1 keeps what is left out
     new_counts = np.stack([counts[:, merged == bucket].sum(axis=1) for bucket in survivors], axis=1)
@@ -140,7 +142,7 @@ def merge_small_buckets(
         merged[merged == bucket] = neighbour
 
 
-def _target(phase: Phase, ratios: Sequence[Size], height: int, width: int) -> Size | None:
+def target_size(phase: Phase, ratios: Sequence[Size], height: int, width: int) -> Size | None:
     """Size of a picture in a phase, or none where it would be cropped too much."""
     if phase.mode == "fixed":
         return phase.side, phase.side

@@ -31,6 +31,10 @@ class Phase:
     micro_batch_size: int
     """Samples in one forward pass on one device; the rest of `batch_size` is devices and accumulation."""
 
+    size_step: int = PIXEL_STRIDE
+    """Both sides of every picture are multiples of this many pixels: 16, or 32 for the diffusion decoder,
+    whose codes stand for half the size."""
+
     lr: float | None = None
     """Learning rate of every parameter group in this phase; none leaves the optimizers as they are."""
 
@@ -39,7 +43,7 @@ class Phase:
         """Pixels of the phase's largest picture."""
         if self.mode != "multi_ratio":
             return self.side**2
-        return max(height * width for height, width in ratio_sizes(self.side))
+        return max(height * width for height, width in ratio_sizes(self.side, self.size_step))
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches that every device runs for one training step.
@@ -152,8 +156,19 @@ def _check(phases: Sequence[Phase]) -> None:
                 f"{name}: until_step {phase.until_step} is not above {previous}, where the phase begins; "
                 "list the phases in order, each with the training step at which it ends"
             )
-        if phase.side < PIXEL_STRIDE or phase.side % PIXEL_STRIDE:
-            raise ValueError(f"{name}: side {phase.side} is not a positive multiple of {PIXEL_STRIDE} pixels")
+        if phase.size_step < PIXEL_STRIDE or phase.size_step % PIXEL_STRIDE:
+            raise ValueError(
+                f"{name}: size_step {phase.size_step} is not a positive multiple of {PIXEL_STRIDE}"
+            )
+        if phase.side < phase.size_step or phase.side % phase.size_step:
+            raise ValueError(
+                f"{name}: side {phase.side} is not a positive multiple of {phase.size_step} pixels"
+            )
+        if phase.mode == "any_resolution" and phase.size_step != PIXEL_STRIDE:
+            raise ValueError(
+                f"{name}: any_resolution rounds to {PIXEL_STRIDE} pixels, size_step is {phase.size_step}; "
+                "use multi_ratio"
+            )
         if phase.mode == "any_resolution" and phase.side < 32:
             raise ValueError(f"{name}: side {phase.side} is below 32 pixels, the least for any_resolution")
         for field in ("batch_size", "micro_batch_size"):

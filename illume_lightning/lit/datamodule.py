@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from illume_lightning.data.latents import PlannedLatents, tokenizer_of
 from illume_lightning.data.loader import (
     BatchLoader,
     ImageBatch,
@@ -125,7 +126,8 @@ class ImageDataModule(L.LightningDataModule):
                 DatasetSource(source.path, store.sizes, store.chunk_ids, source.weight)
                 for source, store in zip(self.train_sources, self._train_stores(), strict=True)
             ]
-            self._plan = Plan(self._phases, datasets, self.seed, self.shuffle_window)
+            can_resize = self.tokenizer_fingerprint is None
+            self._plan = Plan(self._phases, datasets, self.seed, self.shuffle_window, can_resize)
         return self._plan
 
     def set_curriculum(self, phases: Sequence[Phase]) -> None:
@@ -143,7 +145,7 @@ class ImageDataModule(L.LightningDataModule):
         import litdata  # noqa: F401  # takes seconds; workers inherit it, and start anew for every evaluation
 
         if stage == "fit":
-            self._train_stores()
+            self._training_reader()
         for path in self.paths["validate" if stage == "fit" else stage].values():
             self._store(path)
 
@@ -154,7 +156,7 @@ class ImageDataModule(L.LightningDataModule):
         if trainer.is_global_zero:
             log.info(self.plan.describe())
         return PlanLoader(
-            self._training_images(),
+            self._training_reader(),
             PlanBatches(self.plan, *replica(trainer)),
             finished_steps=lambda: trainer.global_step,
             fingerprint=self._fingerprint(),
@@ -184,12 +186,27 @@ class ImageDataModule(L.LightningDataModule):
         """
         start = 0 if self.trainer is None else self.trainer.global_step
         rank, world_size = replica(self.trainer)
-        images = self._training_images()
+        images = PlannedImages(self._train_stores(), self.seed, self.horizontal_flip)
         for step in range(start, min(start + num_batches, self.plan.schedule.num_steps)):
             yield images.read(self.plan.batch(step, 0, rank, world_size)).images
 
-    def _training_images(self) -> PlannedImages:
-        return PlannedImages(self._train_stores(), self.seed, self.horizontal_flip)
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the tokenizer that made the training codes; ``None`` where the training data are pictures.
+
+        Raises:
+            ValueError: if the stores mix pictures and latents.
+        """
+        return tokenizer_of([store.manifest for store in self._train_stores()])
+
+    def _training_reader(self) -> PlannedImages | PlannedLatents:
+        if self.tokenizer_fingerprint is None:
+            return PlannedImages(self._train_stores(), self.seed, self.horizontal_flip)
+        if self.horizontal_flip > 0:
+            raise ValueError(
+                f"horizontal_flip is {self.horizontal_flip}, and latents can't be mirrored; set it to 0"
+            )
+        return PlannedLatents(self._train_stores())
 
     def _evaluation_loaders(self, stage: str) -> list[BatchLoader]:
         sides = [(side, False) for side in self.val_sizes]

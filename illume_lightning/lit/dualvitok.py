@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from illume_lightning.lit.codebook_usage import CodebookUsage
 from illume_lightning.lit.datamodule import ImageBatch
 from illume_lightning.lit.reconstruction_metrics import ReconstructionMetrics
-from illume_lightning.nn.checkpoints import check_state_dict
+from illume_lightning.lit.training import TrainingModule
 from illume_lightning.nn.discriminator import PatchDiscriminator
 from illume_lightning.nn.dualvitok import DualViTok, DualViTokOutput
 from illume_lightning.nn.losses import DualViTokLoss, Perceptual
@@ -39,11 +38,8 @@ def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-class DualViTokModule(L.LightningModule):
+class DualViTokModule(TrainingModule):
     """One generator and one discriminator step per training step, by manual optimisation.
-
-    ``trainer.max_steps``, ``global_step`` and every schedule count training steps, once each, whatever the
-    number of optimizers and of micro-batches in a step.
 
     Args:
         model: the tokenizer.
@@ -59,12 +55,6 @@ class DualViTokModule(L.LightningModule):
             Inception network of torch-fidelity makes it an rFID.
     """
 
-    accumulation: int = 1
-    """Micro-batches in this training step; the resolution curriculum sets it."""
-
-    micro_batch: int = 0
-    """Number of this micro-batch within its training step; the resolution curriculum sets it."""
-
     def __init__(
         self,
         model: DualViTok,
@@ -78,8 +68,7 @@ class DualViTokModule(L.LightningModule):
         codebook_start: CodebookStart | None = None,
         fid_features: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+        super().__init__(gradient_clip)
         if (perceptual is None) != (loss.perceptual_weight == 0):
             raise ValueError(
                 f"loss.perceptual_weight is {loss.perceptual_weight} and perceptual is "
@@ -95,16 +84,13 @@ class DualViTokModule(L.LightningModule):
         self.model = model
         self.loss = loss
         self.discriminator = discriminator
-        # Fixed networks stay out of the module tree: they have no place in checkpoints, DDP or EMA.
-        self._fixed: dict[str, nn.Module] = {}
         if perceptual is not None:
-            self._fixed["perceptual"] = perceptual
+            self.fixed["perceptual"] = perceptual
         self._metrics: dict[str, ReconstructionMetrics] = {}
         self._fid_features = fid_features
         self._usage: dict[str, CodebookUsage] = {}
         self._optimizer, self._discriminator_optimizer = optimizer, discriminator_optimizer
         self._lr_scheduler = lr_scheduler
-        self.gradient_clip = gradient_clip
         self.codebook_start = codebook_start
 
     # -- optimizers ------------------------------------------------------------------------------------------
@@ -119,36 +105,20 @@ class DualViTokModule(L.LightningModule):
             return optimizers, []
         return optimizers, [self._lr_scheduler(optimizer) for optimizer in optimizers]
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip here: in fp16 Lightning has unscaled the gradients by now, and not before."""
-        if self.gradient_clip > 0:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
-            is_discriminator = optimizer is not self._both_optimizers()[0].optimizer
-            name = "discriminator" if is_discriminator else "generator"
-            self.log(f"train/{name}_grad_norm", norm)
-
-    def _both_optimizers(self) -> list[LightningOptimizer]:
-        optimizers = self.optimizers()
-        return optimizers if isinstance(optimizers, list) else [optimizers]
+    def gradient_norm_name(self, optimizer: torch.optim.Optimizer) -> str:
+        """The two networks' norms apart."""
+        is_discriminator = optimizer is not self.all_optimizers()[0].optimizer
+        return "discriminator_grad_norm" if is_discriminator else "generator_grad_norm"
 
     def _loss_scale(self) -> float:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return 1.0 if scaler is None else scaler.get_scale()
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model in one sentence.
-
-        Raises:
-            ValueError: names the first weights that are missing, unexpected or of another shape.
-        """
-        check_state_dict(self.state_dict(), checkpoint["state_dict"], str(self.trainer.ckpt_path))
-
     # -- training --------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Bring what is outside the module tree to the device, and start counting codes."""
-        self._place_fixed()
+        """Start counting codes."""
+        super().on_fit_start()
         self._usage = {
             name: CodebookUsage(quantizer.codebook_size).to(self.device)
             for name, quantizer in self.model.quantizers.items()
@@ -163,10 +133,10 @@ class DualViTokModule(L.LightningModule):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """One micro-batch; the optimizers step at the last one of a training step."""
         images = to_float(batch.images)
-        optimizers = self._both_optimizers()
+        optimizers = self.all_optimizers()
         output = self.model(images, self._latent_noise())
         # Before the discriminator sees it: a NaN would stay in its running statistics.
-        self._require_finite({"reconstruction": output.reconstruction}, batch)
+        self.require_finite({"reconstruction": output.reconstruction}, batch)
         adversarial = self.discriminator is not None and self.loss.is_adversarial(self.global_step)
         with _frozen(self.discriminator):
             logits = None
@@ -175,22 +145,22 @@ class DualViTokModule(L.LightningModule):
             terms = self.loss.generator(
                 images,
                 output,
-                perceptual=self._fixed.get("perceptual"),
+                perceptual=self.fixed.get("perceptual"),
                 fake_logits=logits,
                 last_layer=self.model.pixel_decoder.last_layer,
             )
-        self._require_finite(terms, batch)
+        self.require_finite(terms, batch)
         self.manual_backward(terms["loss"] / self.accumulation)
         if adversarial:
             terms |= self._discriminator_backward(images, output.reconstruction.detach(), batch)
         self._log_training(terms, output, images.shape[0])
-        if self.micro_batch == self.accumulation - 1:
+        if self.is_last_micro_batch:
             self._step(optimizers, adversarial)
 
     def _discriminator_backward(self, images: Tensor, fake: Tensor, batch: ImageBatch) -> dict[str, Tensor]:
         assert self.discriminator is not None
         terms = self.loss.discriminator(self.discriminator(images), self.discriminator(fake))
-        self._require_finite(terms, batch)
+        self.require_finite(terms, batch)
         self.manual_backward(terms["discriminator_loss"] / self.accumulation)
         return terms
 
@@ -203,10 +173,7 @@ class DualViTokModule(L.LightningModule):
             with _uncounted(optimizers[1]):
                 optimizers[1].step()
             optimizers[1].zero_grad()
-        schedulers = self.lr_schedulers()
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            if scheduler is not None:
-                scheduler.step()
+        self.step_schedules()
 
     def _latent_noise(self) -> float | None:
         start = self.codebook_start
@@ -225,17 +192,6 @@ class DualViTokModule(L.LightningModule):
             features = self.all_gather(torch.cat(gathered[name])).flatten(0, -2)
             quantizer.initialise_codebook(features, generator=torch.Generator().manual_seed(0))
 
-    def _require_finite(self, terms: dict[str, Tensor], batch: ImageBatch) -> None:
-        broken = [name for name, value in terms.items() if not torch.isfinite(value).all()]
-        if broken:
-            samples = [f"{d}:{i}" for d, i in zip(batch.dataset.tolist(), batch.index.tolist(), strict=True)]
-            raise FloatingPointError(
-                f"{', '.join(broken)} is not finite at training step {self.global_step} "
-                f"(size {tuple(batch.images.shape[-2:])}, samples dataset:index {' '.join(samples)}). No "
-                "optimizer has stepped on it; the last checkpoint is good. Look at these pictures, or lower "
-                "the learning rate, or use bf16-mixed instead of 16-mixed."
-            )
-
     def _log_training(self, terms: dict[str, Tensor], output: DualViTokOutput, batch_size: int) -> None:
         for name, value in terms.items():
             on_bar = name in ("loss", "pixel_loss")
@@ -249,7 +205,7 @@ class DualViTokModule(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """New metrics for every validation size, and the training codebooks' health since the last time."""
-        self._place_fixed()
+        super().on_validation_start()
         for name, usage in self._usage.items():
             if usage.counts.sum() > 0 and not self.trainer.sanity_checking:
                 self._log_health(f"train/{name}", usage)
@@ -257,7 +213,7 @@ class DualViTokModule(L.LightningModule):
         self._metrics = {
             name: ReconstructionMetrics(
                 {branch: q.codebook_size for branch, q in self.model.quantizers.items()},
-                perceptual=self._fixed.get("perceptual"),
+                perceptual=self.fixed.get("perceptual"),
                 fid_features=self._fid_features,
             ).to(self.device)
             for name in self.trainer.datamodule.val_names
@@ -292,10 +248,6 @@ class DualViTokModule(L.LightningModule):
         health = usage.compute()
         for field, value in health._asdict().items():
             self.log(f"{prefix}_{field}", value.float())
-
-    def _place_fixed(self) -> None:
-        for module in self._fixed.values():
-            module.to(self.device)
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -11,11 +10,11 @@ from torchmetrics import MeanMetric
 
 from illume_lightning.lit.datamodule import ImageBatch
 from illume_lightning.lit.dualvitok import to_float
-from illume_lightning.nn.checkpoints import check_state_dict
+from illume_lightning.lit.training import TrainingModule
 from illume_lightning.nn.contrastive import ImageTextModel, Region
 
 
-class VisionEncoderModule(L.LightningModule):
+class VisionEncoderModule(TrainingModule):
     """Contrastive training on pictures with captions and, where the data names them, regions with phrases.
 
     The record's ``meta`` may hold ``regions``: a list of ``[phrase, top, left, bottom, right]`` with edges as
@@ -27,6 +26,7 @@ class VisionEncoderModule(L.LightningModule):
         optimizer: of all parameters.
         lr_scheduler: stepped once per training step; ``None`` keeps the rate constant.
         region_weight: weight of the region loss beside the caption loss.
+        gradient_clip: largest gradient norm; 0 turns clipping off.
     """
 
     def __init__(
@@ -35,40 +35,31 @@ class VisionEncoderModule(L.LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         region_weight: float = 1.0,
+        gradient_clip: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(gradient_clip)
         self.model = model
         self.region_weight = region_weight
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._recall: dict[str, MeanMetric] = {}
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
         """One optimizer and, where given, one schedule per step."""
         optimizer = self._optimizer(self.parameters())
-        if self._lr_scheduler is None:
-            return optimizer
-        scheduler = {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return [optimizer], [] if self._lr_scheduler is None else [self._lr_scheduler(optimizer)]
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model in one sentence.
-
-        Raises:
-            ValueError: names the first weights that are missing, unexpected or of another shape.
-        """
-        check_state_dict(self.state_dict(), checkpoint["state_dict"], str(self.trainer.ckpt_path))
-
-    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Sigmoid contrastive loss of captions, plus that of regions."""
         regions = regions_of(batch)
         whole, parts = self.model.embed_images(to_float(batch.images), regions)
         caption_loss = self.model.loss(whole, batch.captions)
         self.log("train/caption_loss", caption_loss, prog_bar=True, batch_size=len(batch.captions))
-        if not regions or self.region_weight == 0:
-            return caption_loss
-        region_loss = self.model.loss(parts, [region.phrase for region in regions])
-        self.log("train/region_loss", region_loss, prog_bar=True, batch_size=len(batch.captions))
-        return caption_loss + self.region_weight * region_loss
+        terms = {"caption_loss": caption_loss}
+        if regions and self.region_weight > 0:
+            terms["region_loss"] = self.model.loss(parts, [region.phrase for region in regions])
+            self.log("train/region_loss", terms["region_loss"], prog_bar=True, batch_size=len(batch.captions))
+        self.require_finite(terms, batch)
+        self.descend(caption_loss + self.region_weight * terms.get("region_loss", 0))
 
     def on_validation_start(self) -> None:
         """New metrics."""

@@ -19,6 +19,8 @@ PHASES = [
 
 
 class Numbers:
+    writes_images = False
+
     def read(self, items, images=None):
         return torch.tensor([item.sample_number for item in items])
 

@@ -391,7 +391,7 @@ def test_lightning_and_pinning_keep_the_batch_type(stores, monkeypatch):
     data = datamodule(stores)
     data.set_curriculum(PHASES)
     items = data.plan.batch(0, 0, 0, 1)
-    batch = data._training_images().read(items)
+    batch = data._training_reader().read(items)
     assert batch.images.dtype == torch.uint8
     assert batch.images.is_contiguous()
     moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)

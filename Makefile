@@ -35,6 +35,10 @@ emoji: setup ## The same on Fluent Emoji 3D (fetched with npm)
 	$(BIN)/illume fit -c experiments/emoji/vision_encoder.yaml
 	$(BIN)/illume fit -c experiments/emoji/dualvitok.yaml
 
+.PHONY: decoder
+decoder: demo ## After the demo: train the diffusion decoder on its codes (about 20 minutes on 2 cores)
+	$(BIN)/illume fit -c experiments/shapes/diffusion_decoder.yaml
+
 .PHONY: test
 test: setup ## Run the tests (under 12 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -50,10 +54,11 @@ check: setup ## Lint, format check and type check
 	$(BIN)/mypy
 
 .PHONY: benchmark
-benchmark: setup ## Measure quantiser, training step and loader; results go to benchmarks/results
+benchmark: setup ## Measure quantiser, training step, loader and decoder; results go to benchmarks/results
 	$(BIN)/python benchmarks/simvq.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/decoder.py
 
 .PHONY: clean
 clean: ## Remove the virtual environment and caches; data and runs stay

@@ -146,17 +146,14 @@ def _prepare(rest: list[str]) -> None:
     from illume_lightning.data.worlds.emoji import prepare_emoji
     from illume_lightning.data.worlds.photographs import prepare_photographs
     from illume_lightning.data.worlds.shapes import prepare_shapes
+    from illume_lightning.lit.prepare_latents import prepare_latents
 
-    if rest[:1] == ["latents"]:  # imports the models, which the others don't need
-        from illume_lightning.lit.prepare_latents import prepare_latents
-
-        auto_cli({"latents": prepare_latents}, args=rest, prog="illume prepare", as_positional=True)
-        return
     importers: dict[str, Any] = {
         "images": prepare_images,
         "shapes": prepare_shapes,
         "photographs": prepare_photographs,
         "emoji": prepare_emoji,
+        "latents": prepare_latents,
     }
     auto_cli(importers, args=rest or ["--help"], prog="illume prepare", as_positional=True)
 

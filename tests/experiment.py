@@ -35,7 +35,8 @@ def build_model(config: dict[str, Any], device: str = "meta") -> L.LightningModu
     """The LightningModule of a configuration; a vision tower's download is left out."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
-    encoder = config["model"]["init_args"]["model"]["init_args"].get("semantic_encoder")
+    model = config["model"]["init_args"].get("model", {})
+    encoder = model.get("init_args", {}).get("semantic_encoder")
     if encoder is not None:
         encoder["init_args"]["model"]["init_args"]["pretrained"] = None
     parsed = parser.parse_object({"model": config["model"]})

@@ -13,10 +13,9 @@ from illume_lightning.data.plan import Phase
 from illume_lightning.lit.datamodule import ImageDataModule, Source
 
 RUNS = [
-    "paper/dualvitok.yaml",
     *sorted(
         str(path.relative_to(EXPERIMENTS))
-        for world in ("shapes", "emoji")
+        for world in ("paper", "shapes", "emoji")
         for path in (EXPERIMENTS / world).glob("*.yaml")
     ),
 ]

@@ -6,23 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from experiment import build_model, parse
+
+from illume_lightning.nn.diffusion_decoder import SCALE, build_unet
 
 ROOT = Path(__file__).parents[1]
 
 
-def ledger() -> dict[str, str]:
-    section = (ROOT / "docs" / "fidelity.md").read_text().split("## DualViTok")[1].split("\n## ")[0]
+def ledger(part: str) -> dict[str, str]:
+    section = (ROOT / "docs" / "fidelity.md").read_text().split(f"## {part}\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return {row[0].strip(): row[3].strip() for row in rows[2:]}
 
 
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The values of the paper's experiment, read off the built module, optimizers and phases."""
+@pytest.fixture(autouse=True)
+def without_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("illume_lightning.nn.losses._find_backbone", lambda path: Path("none"))
     monkeypatch.setattr("illume_lightning.nn.losses._lpips", lambda path: torch.nn.Identity())
+
+
+def dualvitok() -> dict[str, str]:
+    """The values of the paper's experiment, read off the built module, optimizers and phases."""
     config = parse("paper/dualvitok.yaml")
     module = build_model(config)
     optimizer = module._optimizer([torch.nn.Parameter(torch.zeros(1))])
@@ -63,24 +67,83 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return {key: str(value) for key, value in values.items()}
 
 
-# Rows that other tests hold: test_losses (dropout, eps), test_dualvitok (branch), test_parity (target).
-ELSEWHERE = {"LPIPS dropout", "semantic loss", "noise branch", "semantic target"}
+def diffusion_decoder() -> dict[str, str]:
+    """The same of the diffusion decoder, with SDXL's UNet built instead of downloaded."""
+    config = parse("paper/diffusion_decoder.yaml")
+    decoder = config["model"]["init_args"]["decoder"]["init_args"]
+    assert decoder["unet"]["class_path"].endswith("sdxl_unet")
+    decoder["unet"] = {"class_path": "illume_lightning.nn.diffusion_decoder.build_unet"}
+    # Space-to-depth has no weights either; its channels are made to fit.
+    decoder["latents"] = {
+        "class_path": "illume_lightning.nn.latents.SpaceToDepth",
+        "init_args": {"factor": 2},
+    }
+    decoder["unet"]["init_args"] = {"latent_channels": 12}
+    module = build_model(config)
+    with torch.device("meta"):
+        unet = build_unet()
+    number = sum(parameter.numel() for parameter in unet.parameters())
+    group: dict[str, Any] = module._optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    noise, phases = module.noise, config["curriculum"]["phases"]
+    (ema,) = [c for c in config["trainer"]["callbacks"] if c["class_path"].endswith("EMAWeightAveraging")]
+    tokens = module.model.num_text_tokens
+    values = {
+        "denoiser": f"{number} parameters, {unet.config.in_channels} in, {unet.config.out_channels} out",
+        "text embeddings": f"zeros, {tokens} token: equal, since zero keys and values are alike",
+        "super-resolution": SCALE,
+        "micro-condition": "(height, width)" if module.model.transposed_sizes else "(width, height)",
+        "size order of training leftovers": "on" if module.model.transposed_sizes else "off",
+        "prediction": module.model.scheduler.config.prediction_type,
+        "min-SNR": module.model.min_snr_gamma,
+        "wrong tokens": f"{noise.sample_probability}, {noise.token_probability}",
+        "semantic drop": noise.semantic_drop,
+        "pixel drop": noise.pixel_drop,
+        "guidance": module.sampling.guidance,
+        "sampling steps": module.sampling.num_steps,
+        "learning rate": group["lr"],
+        "optimizer": type(module._optimizer([torch.nn.Parameter(torch.zeros(1))])).__name__,
+        "weight decay": group["weight_decay"],
+        "learning-rate schedule": "constant" if module._lr_scheduler is None else "scheduled",
+        "global batch": ", ".join({str(phase["batch_size"]) for phase in phases}),
+        "steps": config["trainer"]["max_steps"],
+        "size modes": ", ".join(f"{p['mode']} {p['side']} until {p['until_step']}" for p in phases),
+        "EMA": ema["init_args"]["decay"],
+        "gradient clipping": module.gradient_clip,
+    }
+    return {key: str(value) for key, value in values.items()}
 
 
-def test_every_row_is_checked(built: dict[str, str]) -> None:
-    assert set(ledger()) == set(built) | ELSEWHERE
+PARTS = {"DualViTok": dualvitok, "Diffusion decoder": diffusion_decoder}
+
+# Rows that other tests hold: test_losses (dropout, eps), test_dualvitok (branch), test_parity (target);
+# test_diffusion_decoder (condition, numbers, guidance), test_diffusion_decoder_module (half size).
+ELSEWHERE = {
+    "DualViTok": {"LPIPS dropout", "semantic loss", "noise branch", "semantic target"},
+    "Diffusion decoder": {
+        "condition",
+        "number of a 512-area ratio",
+        "unconditional branch",
+        "latents",
+        "half-size input of the tokenizer",
+    },
+}
 
 
-def test_every_row_is_true(built: dict[str, str]) -> None:
-    rows = ledger()
+@pytest.mark.parametrize("part", PARTS)
+def test_every_row_is_checked_and_true(part: str) -> None:
+    rows, built = ledger(part), PARTS[part]()
+    assert set(rows) == set(built) | ELSEWHERE[part]
     assert {key: rows[key] for key in built} == built
 
 
-def test_the_named_options_exist() -> None:
-    section = (ROOT / "docs" / "fidelity.md").read_text()
-    config = yaml.safe_load((ROOT / "experiments/paper/dualvitok.yaml").read_text())
+@pytest.mark.parametrize("part", PARTS)
+def test_the_named_options_exist(part: str) -> None:
+    section = (ROOT / "docs" / "fidelity.md").read_text().split(f"## {part}\n")[1].split("\n## ")[0]
+    config = parse(f"paper/{part.lower().replace(' ', '_')}.yaml")
     init = config["model"]["init_args"]
-    model = init["model"]["init_args"]
-    known = {**init, **model}
+    inner = [
+        value["init_args"] for value in init.values() if isinstance(value, dict) and "init_args" in value
+    ]
+    known = {name for section in (init, *inner) for name in section}
     for option in re.findall(r"`(\w+)\.\w+: \S+`", section):
         assert option in known, option

@@ -11,13 +11,42 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from illume_lightning.data.plan import Plan, PlanItem
+from illume_lightning.data.schedule import SizeMode
 from illume_lightning.data.slots import InlineTensor, SharedSlots
 from illume_lightning.data.store import ImageStore
 from illume_lightning.data.transform import decode_at, is_flipped
 from illume_lightning.host_memory import keep_freed_memory
-from illume_lightning.resolution import Size, any_resolution
+from illume_lightning.resolution import PIXEL_STRIDE, Size, any_resolution, nearest_ratio, ratio_sizes
 
 log = logging.getLogger(__name__)
+
+
+class TargetSize(NamedTuple):
+    """Which size evaluation images are brought to; nothing is left out, however much is cropped.
+
+    Args:
+        mode: as a phase's: squares, the nearest of 11 ratios, or every image's own size.
+        side: square root of the (largest) area, in pixels.
+        step: sides of ratios are multiples of this many pixels.
+    """
+
+    mode: SizeMode
+    side: int
+    step: int = PIXEL_STRIDE
+
+    def of(self, height: int, width: int) -> Size:
+        """Target size of an image."""
+        if self.mode == "fixed":
+            return self.side, self.side
+        if self.mode == "any_resolution":
+            return any_resolution(height, width, self.side)
+        return nearest_ratio(height, width, ratio_sizes(self.side, self.step)).size
+
+    @property
+    def name(self) -> str:
+        """The end of a loader's name: 256, ratio256 or any256."""
+        prefix = {"fixed": "", "multi_ratio": "ratio", "any_resolution": "any"}[self.mode]
+        return f"{prefix}{self.side}"
 
 
 class ImageBatch(NamedTuple):
@@ -241,25 +270,23 @@ class PlanLoader(BatchLoader):
             )
 
 
-def evaluation_items(
-    sizes: np.ndarray, side: int, own_size: bool, limit: int | None = None
-) -> list[PlanItem]:
+def evaluation_items(sizes: np.ndarray, target_size: TargetSize, limit: int | None = None) -> list[PlanItem]:
     """Every image of a store once, or `limit` of them spread evenly, sorted by target size.
 
     Args:
         sizes: (N, 2), heights and widths in pixels.
-        side: side of squares, or with `own_size` square root of the largest area, in pixels.
-        own_size: keep every image's own size, rounded to multiples of 16.
+        target_size: of an image.
         limit: most items.
     """
     count = len(sizes) if limit is None else min(limit, len(sizes))
 
     def target(index: int) -> Size:
         height, width = sizes[index].tolist()
-        return any_resolution(height, width, side) if own_size else (side, side)
+        return target_size.of(height, width)
 
     placed = sorted((target(index), index) for index in (i * len(sizes) // count for i in range(count)))
-    return [PlanItem(0, index, size, number, stretch=own_size) for number, (size, index) in enumerate(placed)]
+    stretch = target_size.mode == "any_resolution"
+    return [PlanItem(0, index, size, number, stretch) for number, (size, index) in enumerate(placed)]
 
 
 def deal_batches(

@@ -277,7 +277,9 @@ class _Lane:
         windows, offsets = np.divmod(places, self.window)
         records = np.empty(len(occurrences), dtype=np.int64)
         windows_in_all = passes * -(-len(self.samples) // self.window) + windows
-        if len(occurrences) and windows_in_all[0] == windows_in_all[-1]:  # occurrences rise, so this is all of them
+        if (
+            len(occurrences) and windows_in_all[0] == windows_in_all[-1]
+        ):  # occurrences rise, so this is all of them
             return self._latest_window(int(passes[0]), int(windows[0]))[offsets]
         for number in np.unique(windows_in_all):
             members = windows_in_all == number

@@ -18,13 +18,14 @@ from illume_lightning.data.loader import (
     PlanBatches,
     PlanLoader,
     PlannedImages,
+    TargetSize,
     batch_shape,
     deal_batches,
     evaluation_items,
 )
 from illume_lightning.data.plan import DatasetSource, Phase, Plan
 from illume_lightning.data.store import ImageStore
-from illume_lightning.resolution import check_size
+from illume_lightning.resolution import PIXEL_STRIDE, check_size
 
 __all__ = ["ImageBatch", "ImageDataModule", "Source", "replica"]
 
@@ -55,6 +56,8 @@ class ImageDataModule(L.LightningDataModule):
         val_sizes: sides in pixels at which evaluation images are squares, each one a loader of its own.
         val_any_resolution: one more loader, with every image at its own size, rounded to multiples of 16
             and at most this side squared in area.
+        val_ratios: one more loader, with every image at the nearest of the 11 ratios near this side squared.
+        val_size_step: sides of these ratios are multiples of this many pixels (32 for the diffusion decoder).
         val_batch_size: most samples in an evaluation batch, per device.
         val_limit: most samples per evaluation loader, spread evenly over the store; none takes all.
         horizontal_flip: probability that a training image is mirrored.
@@ -76,6 +79,8 @@ class ImageDataModule(L.LightningDataModule):
         predict: dict[str, str] | None = None,
         val_sizes: list[int] | None = None,
         val_any_resolution: int | None = None,
+        val_ratios: int | None = None,
+        val_size_step: int = PIXEL_STRIDE,
         val_batch_size: int = 16,
         val_limit: int | None = None,
         horizontal_flip: float = 0.5,
@@ -95,10 +100,15 @@ class ImageDataModule(L.LightningDataModule):
         self.paths = {"validate": dict(val or {}), "test": dict(test or {}), "predict": dict(predict or {})}
         self.val_names: list[str] = []
         """Names of the evaluation loaders made last, in order: "imagenet-256", "imagenet-any512"."""
-        self.val_sizes = [256] if val_sizes is None and val_any_resolution is None else list(val_sizes or [])
-        for side in self.val_sizes:
+        if val_sizes is None and val_any_resolution is None and val_ratios is None:
+            val_sizes = [256]
+        for side in val_sizes or []:
             check_size(side, side)
-        self.val_any_resolution = val_any_resolution
+        self._val_targets = [TargetSize("fixed", side) for side in val_sizes or []]
+        if val_ratios is not None:
+            self._val_targets.append(TargetSize("multi_ratio", val_ratios, val_size_step))
+        if val_any_resolution is not None:
+            self._val_targets.append(TargetSize("any_resolution", val_any_resolution))
         self.val_batch_size, self.val_limit = val_batch_size, val_limit
         self.horizontal_flip = horizontal_flip
         self.shuffle_window, self.seed = shuffle_window, seed
@@ -209,19 +219,16 @@ class ImageDataModule(L.LightningDataModule):
         return PlannedLatents(self._train_stores())
 
     def _evaluation_loaders(self, stage: str) -> list[BatchLoader]:
-        sides = [(side, False) for side in self.val_sizes]
-        if self.val_any_resolution is not None:
-            sides.append((self.val_any_resolution, True))
         loaders = []
         self.val_names = []
         for name, path in self.paths[stage].items():
             store = self._store(path)
-            for side, own_size in sides:
-                items = evaluation_items(store.sizes, side, own_size, self.val_limit)
+            for target in self._val_targets:
+                items = evaluation_items(store.sizes, target, self.val_limit)
                 batches = deal_batches(items, self.val_batch_size, *replica(self.trainer))
                 max_bytes = max(math.prod(batch_shape(batch)) for batch in batches)
                 loaders.append(BatchLoader(PlannedImages([store]), batches, max_bytes, **self._options()))
-                self.val_names.append(f"{name}-{'any' if own_size else ''}{side}")
+                self.val_names.append(f"{name}-{target.name}")
         return loaders
 
     def _options(self) -> dict[str, Any]:

@@ -1,27 +1,9 @@
 """Codes and latents of a store of pictures, made once for all epochs."""
 
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from illume_lightning.data.bucket import target_size
-from illume_lightning.data.latents import KIND, pack
-from illume_lightning.data.part import Lost, Sample
-from illume_lightning.data.schedule import Phase
 from illume_lightning.data.store import ImageStore, Manifest
-from illume_lightning.data.transform import decode_at
-from illume_lightning.data.writer import write_stores
-from illume_lightning.lit.diffusion_decoder import encode_at_half_size
-from illume_lightning.lit.dualvitok import to_float
-from illume_lightning.lit.tokenizer import fingerprint, load_tokenizer
-from illume_lightning.nn.dualvitok import DualViTok
-from illume_lightning.nn.latents import SpaceToDepth, VAELatents
-from illume_lightning.resolution import PIXEL_STRIDE, Size, ratio_sizes
 
 
 def prepare_latents(
@@ -70,9 +52,18 @@ def prepare_latents(
         raise ValueError("give either --vae (SDXL's) or --space_to_depth (such as 4)")
     if batch_size < 1 or part_items < 1:
         raise ValueError(f"batch_size={batch_size} and part_items={part_items} must be at least 1")
+    # Only now: `--help` shall not wait for torch, lightning and diffusers.
+    from illume_lightning.data.latents import KIND
+    from illume_lightning.data.schedule import Phase
+    from illume_lightning.data.writer import write_stores
+    from illume_lightning.lit.latent_cache import LatentEncoder, LatentPart
+    from illume_lightning.lit.tokenizer import fingerprint, load_tokenizer
+    from illume_lightning.nn.latents import SpaceToDepth, VAELatents
+    from illume_lightning.resolution import PIXEL_STRIDE
+
     pictures = ImageStore(store)
     latents = VAELatents(vae) if vae is not None else SpaceToDepth(space_to_depth or 1)
-    encoder = _Encoder(load_tokenizer(tokenizer).to(device), latents.to(device), device)
+    encoder = LatentEncoder(load_tokenizer(tokenizer).to(device), latents.to(device), device)
     phase = Phase(1, mode, side, 1, 1, size_step=2 * PIXEL_STRIDE)
     identity = {
         "kind": KIND, "source": pictures.manifest.fingerprint, "mode": mode, "side": side,
@@ -84,63 +75,11 @@ def prepare_latents(
         output,
         identity,
         lambda: [
-            _Part(pictures, range(start, min(start + part_items, len(pictures))), phase, encoder, batch_size)
+            LatentPart(
+                pictures, range(start, min(start + part_items, len(pictures))), phase, encoder, batch_size
+            )
             for start in starts
         ],
         chunk_megabytes=chunk_megabytes,
         overwrite=overwrite,
     )
-
-
-@dataclass
-class _Encoder:
-    tokenizer: DualViTok
-    latents: VAELatents | SpaceToDepth
-    device: str
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> list[bytes]:
-        """Records of uint8 pictures (B, 3, H, W)."""
-        pictures = to_float(images.to(self.device))
-        codes = encode_at_half_size(pictures, self.tokenizer)
-        latents = self.latents.encode(pictures)
-        ids = {name: getattr(codes, name) for name in self.tokenizer.quantizers}
-        return [
-            pack(latent, {name: grid[number] for name, grid in ids.items()})
-            for number, latent in enumerate(latents)
-        ]
-
-
-@dataclass
-class _Part:
-    """A range of a store's records, encoded in batches of one size."""
-
-    store: ImageStore
-    records: range
-    phase: Phase
-    encoder: _Encoder
-    batch_size: int
-
-    @property
-    def num_items(self) -> int:
-        return len(self.records)
-
-    def read(self) -> Iterator[Sample | Lost]:
-        """Sorted by size, so that a chunk's records have one."""
-        sizes = ratio_sizes(self.phase.side, self.phase.size_step)
-        of_size: defaultdict[Size, list[int]] = defaultdict(list)
-        for index in self.records:
-            size = target_size(self.phase, sizes, *self.store.sizes[index].tolist())
-            if size is None:
-                yield Lost(str(index), "cropped by more than 20 %")
-            else:
-                of_size[size].append(index)
-        for size, indices in sorted(of_size.items()):
-            for start in range(0, len(indices), self.batch_size):
-                yield from self._encode(size, indices[start : start + self.batch_size])
-
-    def _encode(self, size: Size, indices: list[int]) -> Iterator[Sample]:
-        records = [self.store.read(index) for index in indices]
-        images = torch.stack([torch.from_numpy(decode_at(r.image, size).copy()) for r in records])
-        for index, record, packed in zip(indices, records, self.encoder(images), strict=True):
-            yield Sample(str(index), packed, record.caption, record.meta, *size)

@@ -51,9 +51,11 @@ class PictureMetrics(nn.Module):
             images: (B, 3, H, W) in [-1, 1].
             reconstruction: (B, 3, H, W) in [-1, 1].
         """
-        real, fake = (images + 1) / 2, (reconstruction + 1) / 2
+        real, fake = (images.float() + 1) / 2, (reconstruction.float() + 1) / 2
         self.psnr.update(fake, real)
-        self.ssim.update(fake, real)
+        # SSIM subtracts squares of means from means of squares: in bf16 nothing is left of the difference.
+        with torch.autocast(images.device.type, enabled=False):
+            self.ssim.update(fake, real)
         for distance, mean in self.distances.values():
             mean.update(distance(reconstruction, images).mean(), images.shape[0])
         if self.fid is not None:

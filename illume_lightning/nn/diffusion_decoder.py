@@ -30,6 +30,7 @@ def build_unet(
     pooled_dim: int = 1280,
     time_dim: int = 256,
     norm_groups: int = 32,
+    num_res_blocks: int = 2,
 ) -> UNet2DConditionModel:
     """A UNet of SDXL's kind whose input is the noisy latent with the condition behind it; SDXL's by default.
 
@@ -43,6 +44,7 @@ def build_unet(
         pooled_dim: of the pooled text embedding, zero too.
         time_dim: of each of the six micro-conditions' embeddings.
         norm_groups: of every GroupNorm.
+        num_res_blocks: of every level on the way down; on the way up there is one more.
     """
     attends = [layers > 0 for layers in transformer_layers]
     return UNet2DConditionModel(
@@ -59,6 +61,7 @@ def build_unet(
         addition_time_embed_dim=time_dim,
         projection_class_embeddings_input_dim=6 * time_dim + pooled_dim,
         norm_num_groups=norm_groups,
+        layers_per_block=num_res_blocks,
     )
 
 

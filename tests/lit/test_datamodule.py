@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from callbacks.resolution_curriculum import ResolutionCurriculum
-from illume_lightning.data.loader import deal_batches, evaluation_items
+from illume_lightning.data.loader import TargetSize, deal_batches, evaluation_items
 from illume_lightning.data.plan import Phase
 from illume_lightning.data.prepare import prepare_images
 from illume_lightning.data.transform import decode_at, is_flipped
@@ -359,16 +359,16 @@ def test_any_resolution_evaluation_keeps_the_whole_picture(stores):
 
 
 def test_val_limit_spreads_over_the_store():
-    items = evaluation_items(np.full((80, 2), 64), 32, False, limit=10)
+    items = evaluation_items(np.full((80, 2), 64), TargetSize("fixed", 32), limit=10)
     assert [item.index for item in items] == list(range(0, 80, 8))
     assert [item.sample_number for item in items] == list(range(10))
-    assert len(evaluation_items(np.full((80, 2), 64), 32, False, limit=1000)) == 80
+    assert len(evaluation_items(np.full((80, 2), 64), TargetSize("fixed", 32), limit=1000)) == 80
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_every_evaluation_image_goes_to_one_device(world_size):
     rng = np.random.default_rng(0)
-    items = evaluation_items(rng.integers(20, 90, (50, 2)), 64, True)
+    items = evaluation_items(rng.integers(20, 90, (50, 2)), TargetSize("any_resolution", 64))
     dealt = [deal_batches(items, 4, rank, world_size) for rank in range(world_size)]
     assert len({len(batches) for batches in dealt}) == 1
     flat = [item for batches in dealt for batch in batches for item in batch]
@@ -378,13 +378,24 @@ def test_every_evaluation_image_goes_to_one_device(world_size):
 
 
 def test_too_few_evaluation_images_for_the_devices():
-    items = evaluation_items(np.full((5, 2), 64), 32, False)
+    items = evaluation_items(np.full((5, 2), 64), TargetSize("fixed", 32))
     assert [len(batches) for batches in (deal_batches(items, 4, rank, 5) for rank in range(5))] == [1] * 5
     with pytest.raises(ValueError, match="5 evaluation images cannot be dealt evenly to 8 devices"):
         deal_batches(items, 4, 0, 8)
 
 
 # -- batches --
+
+
+def test_evaluation_at_ratios(stores):
+    sizes = np.array([[100, 100], [60, 130], [130, 60], [40, 400]])
+    items = evaluation_items(sizes, TargetSize("multi_ratio", 96, 32))
+    of_record = {item.index: item.size for item in items}
+    assert of_record == {0: (96, 96), 1: (64, 128), 2: (128, 64), 3: (64, 192)}
+    assert not any(item.stretch for item in items)
+    data = datamodule(stores, val={"mine": str(stores[0])}, val_sizes=[64], val_ratios=96, val_size_step=32)
+    data.val_dataloader()
+    assert data.val_names == ["mine-64", "mine-ratio96"]
 
 
 def test_lightning_and_pinning_keep_the_batch_type(stores, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from tiny import build_tiny
 from torch import Tensor, nn
 
-from illume_lightning.lit.reconstruction_metrics import ReconstructionMetrics
+from illume_lightning.lit.reconstruction_metrics import PictureMetrics, ReconstructionMetrics
 
 
 class TinyFeatures(nn.Module):
@@ -49,6 +49,21 @@ def test_perfect_reconstruction(batch: tuple) -> None:
     values = measured.compute()
     assert values["ssim"] == pytest.approx(1, abs=1e-5)
     assert values["frechet_tinyfeatures"] == pytest.approx(0, abs=1e-4)
+
+
+def test_low_precision_leaves_the_values_alone() -> None:
+    """Smooth pictures, whose variances are small beside their means."""
+    torch.manual_seed(0)
+    images = torch.linspace(0.8, 0.9, 64).expand(4, 3, 64, 64) + 0.01 * torch.randn(4, 3, 64, 64)
+    noise = 0.01 * torch.randn(4, 3, 64, 64)
+    values = []
+    for enabled in (False, True):
+        measured = PictureMetrics()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            measured.update(images, images + noise)
+        values.append(measured.compute())
+    assert values[0]["ssim"] < 0.99
+    assert values[0] == values[1]
 
 
 def test_the_distance_is_named_after_its_network_and_grows(batch: tuple) -> None:

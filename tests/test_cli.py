@@ -168,3 +168,47 @@ def test_a_run_from_the_shipped_yaml(
     cli.main(["predict", *SHAPES[1:], *args, f"--data.predict={{mine: {shapes / 'val'}}}"])
     assert len(list((run / "predictions/mine-64").glob("*.png"))) == 8
     assert len(list((run / "predictions/mine-any96").glob("*.png"))) == 8
+
+
+def test_the_decoder_from_the_shipped_yaml(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer's run folder is enough to train, resume, validate and predict with."""
+    stores = [f"--data.train=[{{path: {shapes / 'train'}}}]", f"--data.val={{shapes: {shapes / 'val'}}}"]
+    tokenizer, run, overlay = tmp_path / "tokenizer", tmp_path / "run", tmp_path / "overlay.yaml"
+    callbacks = yaml.safe_load((ROOT / "experiments/shapes/dualvitok.yaml").read_text())["trainer"][
+        "callbacks"
+    ]
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks[1:]}}))  # without a vision encoder
+    cli.main([*SHAPES, "-c", str(overlay), f"--trainer.default_root_dir={tokenizer}", *TINY, *stores])
+    yaml_file = ["-c", str(ROOT / "experiments/shapes/diffusion_decoder.yaml")]
+    args = [
+        *yaml_file,
+        f"--trainer.default_root_dir={run}",
+        f"--model.tokenizer={tokenizer}",
+        "--trainer.max_steps=4",
+        "--curriculum.phases=[{until_step: 2, mode: fixed, side: 64, batch_size: 4, micro_batch_size: 2, "
+        "size_step: 32}, {until_step: 4, mode: multi_ratio, side: 64, batch_size: 2, micro_batch_size: 2, "
+        "size_step: 32}]",
+        "--trainer.val_check_interval=2",
+        "--trainer.log_every_n_steps=1",
+        "--data.val_ratios=64",
+        "--data.val_limit=4",
+        "--data.num_workers=0",
+        "--model.sampling.num_steps=2",
+        "--model.decoder.sizes=[[64, 64], [64, 128], [64, 96]]",
+        *stores,
+    ]
+    cli.main(["fit", *args])
+    output = capsys.readouterr().out
+    for row in ("diffusion", "dualvitok", "diffusion-wrong10", "dualvitok-wrong10"):
+        assert f"| shapes-ratio64-{row} |" in output
+    assert (run / "pictures/step=000004/shapes-ratio64.png").is_file()
+    cli.main(["predict", *args, f"--data.predict={{mine: {shapes / 'val'}}}"])
+    written = {path.name for path in (run / "predictions/mine-ratio64").iterdir()}
+    assert len(written) == 12
+    assert {name.split("-", 1)[1] for name in written} == {"diffusion.png", "dualvitok.png", "row.png"}
+    line = fails(["fit", *args, f"--model.tokenizer={tmp_path / 'gone'}"], capsys)
+    assert "no tokenizer at" in line
+    line = fails(["validate", *args, "--model.decoder.sizes=[[96, 64]]"], capsys)
+    assert "the diffusion decoder has none of this aspect ratio" in line

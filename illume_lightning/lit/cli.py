@@ -108,5 +108,6 @@ def _quieten() -> None:
         "(?s).*Using ModelCheckpoint with manual optimization.*",
         ".*isinstance.*treespec, LeafSpec.*",
         ".*Consider setting `persistent_workers.*",
+        ".*in eval mode at the start of training.*",  # frozen parts are
     ):
         warnings.filterwarnings("ignore", message)

@@ -94,7 +94,7 @@ class DiffusionDecoderModule(TrainingModule):
         """The frozen tokenizer."""
         return cast(DualViTok, self.fixed["tokenizer"])
 
-    def configure_model(self) -> None:
+    def setup(self, stage: str) -> None:
         """Load the tokenizer.
 
         Raises:
@@ -146,7 +146,7 @@ class DiffusionDecoderModule(TrainingModule):
             ValueError: names both.
         """
         super().on_fit_start()
-        found = self.trainer.datamodule.tokenizer_fingerprint
+        found = getattr(self.trainer.datamodule, "tokenizer_fingerprint", None)
         if found not in (None, self.fingerprint):
             raise ValueError(
                 f"the cached codes were made by another tokenizer (fingerprint {found[:12]}) than "

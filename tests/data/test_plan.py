@@ -240,6 +240,24 @@ def test_multi_ratio_counts_what_it_leaves_out():
     assert {item.index for step in steps(plan, 4) for item in step} == {*range(5), *range(8, 12)}
 
 
+def test_sizes_of_a_coarser_step():
+    sizes = np.array([[100, 100], [60, 130], [130, 60], [96, 128]] * 4)
+    dataset = DatasetSource("a", sizes, np.zeros(16, dtype=int))
+    phase = Phase(4, "multi_ratio", 96, 2, 2, size_step=32)
+    seen = {size for (_, size) in Plan([phase], [dataset]).lane_sizes(0)}
+    assert seen == {(96, 96), (64, 128), (128, 64), (64, 96)}
+    assert phase.max_area == max(h * w for h, w in ratio_sizes(96, 32)) == 64 * 192
+
+
+def test_rare_sizes_stay_where_samples_cannot_change_theirs():
+    sizes = np.array([[64, 64]] * 15 + [[64, 80]])
+    dataset = DatasetSource("a", sizes, np.zeros(16, dtype=int))
+    phase = Phase(4, "any_resolution", 80, 4, 4)
+    assert set(Plan([phase], [dataset]).lane_sizes(0)) == {(0, (64, 64))}
+    kept = Plan([phase], [dataset], merge_buckets=False).lane_sizes(0)
+    assert kept == {(0, (64, 64)): 15, (0, (64, 80)): 1}
+
+
 def test_a_phase_that_leaves_nothing_of_a_dataset_is_refused():
     data = DatasetSource("strips", np.full((3, 2), [10, 90], dtype=np.int32), np.zeros(3, dtype=np.int32))
     with pytest.raises(ValueError, match=r"phase 0 \(multi_ratio, 64 px\).*3 pictures of strips"):
@@ -318,6 +336,9 @@ def test_steps_and_micro_batches(phases, world_size):
         ),
         ([Phase(9, "fixed", 32, 4, 4, lr=0.0)], "lr 0.0 is not positive"),
         ([Phase(9, "fixed", 32, 4, 4, lr=1e-4), Phase(10, "fixed", 32, 4, 4)], "lr is given for some phases"),
+        ([Phase(4, "multi_ratio", 64, 2, 2, size_step=24)], "size_step 24 is not a positive multiple of 16"),
+        ([Phase(4, "fixed", 80, 2, 2, size_step=32)], "side 80 is not a positive multiple of 32"),
+        ([Phase(4, "any_resolution", 64, 2, 2, size_step=32)], "size_step is 32; use multi_ratio"),
     ],
 )
 def test_contradictory_phases_are_refused(phases, message):

@@ -132,7 +132,7 @@ def test_only_the_unet_learns_and_the_tokenizer_is_not_saved(shapes, tokenizer, 
 
 def test_noise_is_off_in_evaluation_and_the_tokenizer_sees_half(shapes, tokenizer, monkeypatch):
     module = build(tokenizer)
-    module.configure_model()
+    module.setup("fit")
     sizes = []
     encode = module.tokenizer.encode
     monkeypatch.setattr(
@@ -257,7 +257,7 @@ def latents(shapes, tokenizer, tmp_path_factory) -> Path:
 
 def test_cached_batches_equal_online_ones(shapes, tokenizer, latents, tmp_path):
     module = build(tokenizer)
-    module.configure_model()
+    module.setup("fit")
     data = datamodule(latents)
     data.set_curriculum(phases(6))
     items = data.plan.batch(2, 0, 0, 1)

@@ -1,8 +1,8 @@
 """Sampling with the diffusion decoder: time on the shapes config, memory at full size.
 
-    python benchmarks/decoder.py [--repeats 3]
+    python benchmarks/decoder.py [--repeats 10]
 
-Times are of random weights, which take as long as trained ones: seconds a picture at 224 px for 20 and 50 steps and
+Times are of random weights, which take as long as trained ones: seconds a picture at 224 px for 4, 20 and 50 steps and
 for batches of 1 and 8, and guidance as one batched forward against two forwards. Memory is counted on the meta
 device, where nothing is computed: bytes of the tensors alive at once, for the SDXL UNet at 1024 px.
 """
@@ -98,9 +98,9 @@ def meta_memory(dtype: torch.dtype, batch: int, side: int, training: bool) -> fl
 def small_decoder() -> DiffusionDecoder:
     """As in experiments/shapes/diffusion_decoder.yaml."""
     torch.manual_seed(0)
-    unet = build_unet(48, 16, (64, 96, 128, 192), (0, 0, 1, 1), 32, 32, 32, 32, 8, 1)
-    scheduler = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
-    return DiffusionDecoder(unet, SpaceToDepth(4), scheduler, sizes=[(224, 224)]).eval()
+    unet = build_unet(192, 16, (96, 128, 192), (0, 0, 1), 32, 32, 32, 32, 8, 1)
+    scheduler = DDPMScheduler(prediction_type="sample", clip_sample=False)
+    return DiffusionDecoder(unet, SpaceToDepth(8), scheduler, sizes=[(224, 224)]).eval()
 
 
 def best(run: Callable[[], Any], repeats: int) -> float:
@@ -114,59 +114,74 @@ def best(run: Callable[[], Any], repeats: int) -> float:
     return float(np.min(times))
 
 
+def seconds_per_picture(decoder: DiffusionDecoder) -> dict[str, float]:
+    """Of sampling, by steps, batch and guidance."""
+    scheduler = sampling_scheduler("diffusers.DDIMScheduler", decoder.scheduler)
+    seconds = {}
+    for steps in (4, 20, 50):
+        for batch in (1, 8):
+            features = torch.randn(batch, 16, 7, 7)
+            for guidance in (1.0, 2.0):
+                taken = best(lambda f=features, s=steps, g=guidance: decoder.sample(f, scheduler, s, g), 2)
+                seconds[f"{steps} steps, batch {batch}, guidance {guidance:.0f}"] = taken / batch
+    return seconds
+
+
+def two_forwards_over_one(decoder: DiffusionDecoder, repeats: int) -> dict[str, float]:
+    """Guidance by two forwards against one batched forward, as a ratio of times, by batch."""
+    ratios = {}
+    for batch in (1, 8):
+        noisy, features = torch.randn(batch, 192, 28, 28), torch.randn(batch, 16, 7, 7)
+        time_zero = torch.zeros(2 * batch)
+
+        def once(
+            noisy: torch.Tensor = noisy, f: torch.Tensor = features, t: torch.Tensor = time_zero
+        ) -> None:
+            decoder.predict(torch.cat([noisy, noisy]), t, torch.cat([torch.zeros_like(f), f]))
+
+        def twice(
+            noisy: torch.Tensor = noisy, f: torch.Tensor = features, t: torch.Tensor = time_zero
+        ) -> None:
+            for given in (torch.zeros_like(f), f):
+                decoder.predict(noisy, t[: len(noisy)], given)
+
+        ratios[f"batch {batch}"] = round(best(twice, repeats) / best(once, repeats), 3)
+    return ratios
+
+
+def full_size_memory() -> dict[str, float]:
+    """GiB of the SDXL UNet, by what holds it."""
+    parameters, half = 2_567_648_004, torch.bfloat16
+    return {
+        "weights bf16": parameters * 2 / GIB,
+        "weights, gradients, AdamW and EMA fp32": parameters * 20 / GIB,
+        "sampling 1024 px, batch 1, bf16, activations": meta_memory(half, 1, 1024, False),
+        "sampling 1024 px, batch 1, guided, bf16, activations": meta_memory(half, 2, 1024, False),
+        "training 1024 px, a picture, bf16, activations and gradients": meta_memory(half, 1, 1024, True),
+        "training 512 px, a picture, bf16, activations and gradients": meta_memory(half, 1, 512, True),
+    }
+
+
 def main() -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     started_on = record.hardware()
     keep_freed_memory()
     decoder = small_decoder()
-    scheduler = sampling_scheduler("diffusers.DDIMScheduler", decoder.scheduler)
-    seconds = {}
-    rows = [["sampling, 224 px, bf16", "s/picture"]]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for steps in (20, 50):
-            for batch in (1, 8):
-                features = torch.randn(batch, 16, 7, 7)
-                for guidance in (1.0, 2.0):
-                    name = f"{steps} steps, batch {batch}, guidance {guidance:.0f}"
-                    taken = best(
-                        lambda f=features, s=steps, g=guidance: decoder.sample(f, scheduler, s, g), 1
-                    )
-                    seconds[name] = taken / batch
-                    rows.append([name, f"{seconds[name]:.3f}"])
-        ratios = {}
-        for batch in (1, 8):
-            noisy, features = torch.randn(batch, 48, 56, 56), torch.randn(batch, 16, 7, 7)
-            once = best(
-                lambda x=noisy, f=features: decoder.predict(
-                    torch.cat([x, x]), torch.zeros(2 * len(x)), torch.cat([f * 0, f])
-                ),
-                args.repeats,
-            )
-            twice = best(
-                lambda x=noisy, f=features: [decoder.predict(x, torch.zeros(len(x)), g) for g in (f * 0, f)],
-                args.repeats,
-            )
-            ratios[f"batch {batch}"] = round(twice / once, 3)
-    print(record.table(rows))
+        seconds = seconds_per_picture(decoder)
+        ratios = two_forwards_over_one(decoder, args.repeats)
+    memory = full_size_memory()
+    print(
+        record.table(
+            [["sampling, 224 px, bf16", "s/picture"], *([n, f"{s:.3f}"] for n, s in seconds.items())]
+        )
+    )
     print(f"two forwards take {ratios} times as long as one batched forward")
-    unet_parameters = 2_567_648_004
-    memory = {
-        "weights bf16": unet_parameters * 2 / GIB,
-        "weights, gradients, AdamW and EMA fp32": unet_parameters * 20 / GIB,
-        "sampling 1024 px, batch 1, bf16, activations": meta_memory(torch.bfloat16, 1, 1024, False),
-        "sampling 1024 px, batch 1, guided, bf16, activations": meta_memory(torch.bfloat16, 2, 1024, False),
-        "training 1024 px, a picture, bf16, activations and gradients": meta_memory(
-            torch.bfloat16, 1, 1024, True
-        ),
-        "training 512 px, a picture, bf16, activations and gradients": meta_memory(
-            torch.bfloat16, 1, 512, True
-        ),
-    }
     print(record.table([["SDXL UNet", "GiB"], *([name, f"{value:.2f}"] for name, value in memory.items())]))
     results = {"seconds_per_picture": seconds, "two_forwards_over_one": ratios, "gib": memory}
     print(record.write("decoder", results, started_on))

@@ -90,7 +90,7 @@ class PlannedLatents:
 
 
 def tokenizer_of(manifests: Sequence[Manifest]) -> str | None:
-    """Fingerprint of the tokenizer that made stores of latents; ``None`` for stores of pictures.
+    """Fingerprint of the tokenizer that made stores of latents; ``None`` for stores of pictures, or no store.
 
     Raises:
         ValueError: if pictures and latents, or latents of several tokenizers, are mixed.
@@ -102,4 +102,4 @@ def tokenizer_of(manifests: Sequence[Manifest]) -> str | None:
     if len(found) > 1:
         kinds = ", ".join(sorted("pictures" if name is None else f"latents by {name[:12]}" for name in found))
         raise ValueError(f"the training stores mix {kinds}; give stores of one kind, by one tokenizer")
-    return found.pop()
+    return found.pop() if found else None

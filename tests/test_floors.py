@@ -25,7 +25,11 @@ FORBIDDEN_IMPORTS = {
     "illume_lightning/lit": ("callbacks", "cli"),
     "callbacks": ("cli",),
 }
-STANDARD_LIBRARY_ONLY = ("illume_lightning/resolution.py",)
+STANDARD_LIBRARY_ONLY = (
+    "illume_lightning/resolution.py",
+    "illume_lightning/vocabulary.py",
+    "illume_lightning/image_layout.py",
+)
 
 FORBIDDEN_TEXT = {
     r"\.cuda\(": "devices come from the trainer",

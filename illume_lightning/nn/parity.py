@@ -2,8 +2,8 @@
 
 A fixture folder holds, for any name NAME, size and seed: ``NAME_weights.safetensors``, ``NAME_config.json``,
 ``NAME_{H}x{W}[...].safetensors`` (one forward pass each), ``NAME_intermediates_{H}x{W}.safetensors``,
-``NAME_grads_{H}x{W}.safetensors``, and files of single parts (quantiser, noise, discriminator). Users check a
-new device or library version with ``illume parity DIR --device ...``.
+``NAME_grads_{H}x{W}.safetensors``, files of single parts (quantiser, noise, discriminator), and those of an MLLM
+(``mllm_parity``). Users check a new device or library version with ``illume parity DIR --device ...``.
 """
 
 import json
@@ -20,6 +20,7 @@ from torch import Tensor
 from illume_lightning.nn.checkpoints import build_official
 from illume_lightning.nn.discriminator import PatchDiscriminator
 from illume_lightning.nn.dualvitok import DualViTok
+from illume_lightning.nn.mllm_parity import compared
 from illume_lightning.nn.noise import NoiseKind, TokenNoise
 from illume_lightning.nn.semantic import patchify
 from illume_lightning.nn.simvq import SimVQ
@@ -128,6 +129,8 @@ def _checks(directory: Path, device: torch.device) -> Iterator[Check]:
         for path in sorted(directory.glob(pattern)):
             if not path.name.endswith("_grads.safetensors"):
                 yield from part(path, device)
+    for quantity in compared(directory, device):
+        yield _compare(*quantity)
 
 
 def _compare(path: Path, quantity: str, ours: Tensor | None, recorded: Tensor) -> Check:

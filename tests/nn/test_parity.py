@@ -21,6 +21,8 @@ def test_every_fixture_is_reproduced(parity_dir: Path) -> None:
     for path in parity_dir.glob("dualvitok_tiny_*x*.safetensors"):
         assert path.name in covered, f"{path.name} was not compared"
     assert {
+        "mllm_tiny_batch_anyres.safetensors",
+        "mllm_tiny_batch_anyres_grads.json",
         "noise_injection.safetensors",
         "patchgan_tiny.safetensors",
         "simvq_98304.safetensors",
@@ -39,6 +41,19 @@ def test_a_wrong_weight_is_noticed(parity_dir: Path, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "dualvitok_tiny_weights.safetensors")
     missed = {check.quantity for check in run(tmp_path) if not check.passed}
     assert missed == {"reconstruction", "reconstruction from recorded features"}
+
+
+def test_a_wrong_weight_of_the_mllm_is_noticed(parity_dir: Path, tmp_path: Path) -> None:
+    names = ("mllm_tiny_config.json", "mllm_tiny_batch_anyres.safetensors", "dualvitok_tiny_config.json")
+    for name in (*names, "dualvitok_tiny_weights.safetensors"):
+        shutil.copy(parity_dir / name, tmp_path / name)
+    weights = load_file(parity_dir / "mllm_tiny_weights.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
+    save_file(weights, tmp_path / "mllm_tiny_weights.safetensors")
+    passed = {check.quantity: check.passed for check in run(tmp_path)}
+    missed = {quantity for quantity, is_passed in passed.items() if not is_passed}
+    assert missed == {"logits_supervised", "logits_last", "loss"}
+    assert passed["projected"] and passed["inputs_embeds"]
 
 
 def test_every_official_key_shape_and_dtype_at_full_size(parity_dir: Path) -> None:

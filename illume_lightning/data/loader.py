@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from illume_lightning.data.plan import Plan, PlanItem
-from illume_lightning.data.schedule import SizeMode
+from illume_lightning.data.plan import PlanItem
+from illume_lightning.data.schedule import Schedule, SizeMode
 from illume_lightning.data.slots import InlineTensor, SharedSlots
 from illume_lightning.data.store import ImageStore
 from illume_lightning.data.transform import decode_at, is_flipped
@@ -119,14 +119,27 @@ def batch_shape(items: Sequence[PlanItem]) -> tuple[int, int, int, int]:
     return len(items), 3, *items[0].size
 
 
+class StepPlan(Protocol):
+    """Names the samples of every micro-batch of every training step, as `Plan` and `PackPlan` do."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The run's phases."""
+        ...
+
+    def batch(self, step: int, micro_batch: int, rank: int, world_size: int) -> Any:
+        """What one device reads for one micro-batch; a reader knows how."""
+        ...
+
+
 class PlanBatches:
     """Plan items of one device's micro-batches, from the training step `first_step` to the end of the run."""
 
-    def __init__(self, plan: Plan, rank: int, world_size: int) -> None:
+    def __init__(self, plan: StepPlan, rank: int, world_size: int) -> None:
         self.plan, self.rank, self.world_size = plan, rank, world_size
         self.first_step = 0
 
-    def __iter__(self) -> Iterator[list[PlanItem]]:
+    def __iter__(self) -> Iterator[Any]:
         schedule = self.plan.schedule
         for step in range(self.first_step, schedule.num_steps):
             phase = schedule.phases[schedule.phase_index(step)]
@@ -144,23 +157,26 @@ class Reader(Protocol):
     writes_images: bool
     """Whether batches have pictures, which `read` writes where it is told to."""
 
-    def read(self, items: Sequence[PlanItem], images: Tensor | None = None) -> Any:
-        """A batch, a named tuple; with ``images`` given, its pictures, the field of that name, are written there."""
+    def read(self, items: Any, images: Tensor | None = None) -> Any:
+        """A batch, a named tuple, of what the plan names.
+
+        With ``images`` given, its pictures, the field of that name, are written there.
+        """
         ...
 
 
-class _SizedBatches(Sized, Iterable[list[PlanItem]], Protocol):
+class _SizedBatches(Sized, Iterable[Any], Protocol):
     pass
 
 
 class BatchLoader:
-    """A torch DataLoader over ready-made batches of plan items, whose workers write to shared slots.
+    """A torch DataLoader over ready-made batches, whose workers write pictures to shared slots.
 
     It is no DataLoader itself, because Lightning would put a distributed sampler of its own over the plan.
 
     Args:
         reader: reads a batch.
-        batches: lists of items, each one batch; already this device's own.
+        batches: what the reader takes for each batch; already this device's own.
         max_bytes: of the pictures of the largest batch.
         num_workers: processes that read; 0 reads in this one.
         prefetch: batches that each worker reads ahead.
@@ -208,7 +224,7 @@ class _SlottedReader(Dataset[Any]):
     def __init__(self, reader: Reader, slots: SharedSlots | None) -> None:
         self.reader, self.slots = reader, slots
 
-    def __getitems__(self, batch: tuple[list[PlanItem], int | None]) -> Any:
+    def __getitems__(self, batch: tuple[Any, int | None]) -> Any:
         items, slot = batch
         if self.slots is None or slot is None:
             return self.reader.read(items)
@@ -219,9 +235,7 @@ class _SlottedReader(Dataset[Any]):
         return read._replace(images=self.slots.hand_over(slot, shape), **small)
 
 
-def _slotted(
-    batches: _SizedBatches, slots: SharedSlots | None
-) -> Iterator[tuple[list[PlanItem], int | None]]:
+def _slotted(batches: _SizedBatches, slots: SharedSlots | None) -> Iterator[tuple[Any, int | None]]:
     for items in batches:
         yield items, slots.take(math.prod(batch_shape(items))) if slots else None
 

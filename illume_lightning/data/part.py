@@ -24,7 +24,8 @@ MAX_EXAMPLES = 20
 class Sample(NamedTuple):
     """One record to write: a name for messages, the record's fields, and the image's size in pixels.
 
-    `converted` names what was changed in the image; `split` is the store it goes to ("" for the only one).
+    `converted` names what was changed in the image; `split` is the store it goes to ("" for the only one);
+    `row` are integers to be known without reading the record, as many as it needs (`rows.npz`).
     """
 
     name: str
@@ -35,6 +36,7 @@ class Sample(NamedTuple):
     width: int
     converted: tuple[str, ...] = ()
     split: str = ""
+    row: tuple[int, ...] = ()
 
 
 class Lost(NamedTuple):
@@ -63,6 +65,7 @@ class _Tally:
     """What one part adds to one store."""
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
+    rows: list[tuple[int, ...]] = field(default_factory=list)
     converted: Counter[str] = field(default_factory=Counter)
     dropped: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
@@ -104,6 +107,7 @@ def write_part(work: Path, number: int, part: Part, splits: tuple[str, ...], chu
                 texts = (text.encode("utf-8", "replace") for text in (item.caption, item.meta))
                 writers[item.split].add_item(len(tally.sizes), (item.image, *texts))
                 tally.sizes.append((item.height, item.width))
+                tally.rows.append(item.row)
                 tally.converted.update(item.converted)
             for writer in writers.values():
                 writer.done()
@@ -136,6 +140,7 @@ def _entry(tally: _Tally, chunks: list[dict[str, Any]], config: dict[str, Any] |
         "chunks": chunks,
         "config": config,
         "sizes": tally.sizes,
+        "rows": tally.rows if any(tally.rows) else [],
         "converted": tally.converted,
         "dropped": dropped,
     }

@@ -38,6 +38,10 @@ class Phase:
     lr: float | None = None
     """Learning rate of every parameter group in this phase; none leaves the optimizers as they are."""
 
+    generation_side: int | None = None
+    """With `any_resolution` and conversations: pictures that are generated or edited take the nearest of the 11
+    ratios near this side squared instead; none takes `side`."""
+
     @property
     def max_area(self) -> int:
         """Pixels of the phase's largest picture."""
@@ -168,6 +172,10 @@ def _check(phases: Sequence[Phase]) -> None:
             raise ValueError(
                 f"{name}: any_resolution rounds to {PIXEL_STRIDE} pixels, size_step is {phase.size_step}; "
                 "use multi_ratio"
+            )
+        if phase.generation_side is not None and phase.mode != "any_resolution":
+            raise ValueError(
+                f"{name}: generation_side {phase.generation_side} goes with any_resolution, the mode is {phase.mode}"
             )
         if phase.mode == "any_resolution" and phase.side < 32:
             raise ValueError(f"{name}: side {phase.side} is below 32 pixels, the least for any_resolution")

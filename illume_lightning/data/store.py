@@ -1,8 +1,9 @@
 """Reading a store: records by index, sizes without touching images, and proof that nothing is broken.
 
 A store is a folder with LitData chunks and their `index.json`, `sizes.npy` (int32 (N, 2), rows of height
-and width) and `manifest.json`. LitData has no checksums: a flipped byte in a chunk silently changes one
-image. The manifest therefore holds a sha256 for each chunk, checked by `ImageStore.verify`.
+and width) and `manifest.json`; stores of conversations have `rows.npz` too. LitData has no checksums: a
+flipped byte in a chunk silently changes one image. The manifest therefore holds a sha256 for each chunk,
+checked by `Store.verify`.
 """
 
 import hashlib
@@ -18,8 +19,11 @@ import numpy as np
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SIZES = "sizes.npy"
+ROWS = "rows.npz"
 INDEX = "index.json"
 PARTIAL_SUFFIX = ".partial"
+CONVERSATIONS = "conversations"
+"""The manifest's ``kind`` of stores that `conversation_store.ConversationStore` reads."""
 
 
 class Record(NamedTuple):
@@ -104,8 +108,8 @@ class Manifest:
         return Manifest(**content)
 
 
-class ImageStore:
-    """The records of a store, by index.
+class Store:
+    """What stores of any content share: records by index, and files that are whole.
 
     Opening checks that the folder is whole, by names and sizes; it reads no image. LitData is opened
     lazily, once per process, so a store can be handed to `DataLoader` workers.
@@ -141,15 +145,8 @@ class ImageStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": None}
 
-    def read(self, index: int) -> Record:
-        """Read one record.
-
-        Args:
-            index: 0 to `len(self) - 1`.
-
-        Raises:
-            IndexError: If the index is out of range.
-        """
+    def _record(self, index: int) -> Record:
+        """One record; IndexError if the index is out of range."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self.path}, which has {len(self)}")
         # A forked worker must not share file positions with its parent.
@@ -178,6 +175,37 @@ class ImageStore:
                 f"{len(broken)} of {len(self.manifest.chunks)} chunks of {self.path} differ from {MANIFEST}: "
                 f"{', '.join(broken[:5])}; copy these files again or prepare the store again"
             )
+
+
+class ImageStore(Store):
+    """The records of a store of pictures, or of what was made from them, by index.
+
+    Args:
+        path: Folder of the store, on a local or mounted file system.
+
+    Raises:
+        FileNotFoundError: If the folder, its manifest or one of its files is missing.
+        ValueError: If files of the folder contradict one another, or it holds conversations.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        if self.manifest.identity.get("kind") == CONVERSATIONS:
+            raise ValueError(
+                f"{path} holds conversations where pictures are expected; `illume prepare images` makes "
+                "stores of pictures"
+            )
+
+    def read(self, index: int) -> Record:
+        """Read one record.
+
+        Args:
+            index: 0 to `len(self) - 1`.
+
+        Raises:
+            IndexError: If the index is out of range.
+        """
+        return self._record(index)
 
 
 def sha256(path: Path) -> str:
@@ -214,7 +242,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:
-    """Hold the names and sizes on disk against the manifest; a content check is `ImageStore.verify`."""
+    """Hold the names and sizes on disk against the manifest; a content check is `Store.verify`."""
     for name in (INDEX, SIZES, *(chunk.filename for chunk in manifest.chunks)):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path / name} is missing; copy the store again or prepare it again")

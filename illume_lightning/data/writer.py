@@ -36,9 +36,11 @@ from illume_lightning.data.part import (
     write_text,
 )  # fmt: skip
 from illume_lightning.data.store import (
+    CONVERSATIONS,
     INDEX,
     MANIFEST,
     PARTIAL_SUFFIX,
+    ROWS,
     SIZES,
     Chunk,
     Loss,
@@ -127,7 +129,7 @@ def _finished(output: Path, identity: dict[str, Any], overwrite: bool) -> dict[s
             f"{output} was prepared from other inputs or with other options "
             f"({_difference(found, identity)}); choose another output, or pass overwrite=True to replace it"
         )
-    own = {store / name for store in stores for name in (INDEX, SIZES, MANIFEST)}
+    own = {store / name for store in stores for name in (INDEX, SIZES, ROWS, MANIFEST)}
     own |= {store / chunk.filename for store, manifest in stores.items() for chunk in manifest.chunks}
     foreign = sorted(path for path in output.rglob("*") if path.is_file() and path not in own)
     if foreign:
@@ -251,14 +253,15 @@ def _finish(
             dropped = ", ".join(f"{loss.count} {reason}" for reason, loss in _sum_dropped(entries).items())
             shutil.rmtree(work)
             where = f" for the split '{split}'" if split else ""
+            what = "conversation" if identity.get("kind") == CONVERSATIONS else "image"
             raise ValueError(
-                f"no usable image{where} (dropped: {dropped or 'none'}); check the inputs and options"
+                f"no usable {what}{where} (dropped: {dropped or 'none'}); check the inputs and options"
             )
     return {split: _finish_store(work / split, entries, identity) for split, entries in stores.items()}
 
 
 def _finish_store(folder: Path, entries: list[dict[str, Any]], identity: dict[str, Any]) -> Manifest:
-    """Write the three files of a store that are no chunks, the manifest last."""
+    """Write the files of a store that are no chunks, the manifest last."""
     sizes = np.array([size for entry in entries for size in entry["sizes"]], np.int32)
     listed = [chunk for entry in entries for chunk in entry["chunks"]]
     hashes = [chunk.pop("sha256") for chunk in listed]
@@ -279,12 +282,22 @@ def _finish_store(folder: Path, entries: list[dict[str, Any]], identity: dict[st
         packages={"illume-lightning": __version__, **packages},
     )
     np.save(folder / SIZES, sizes)
+    _save_rows(folder / ROWS, entries)
     # LitData compares "updated_at" to tell whether a cached copy is stale; a hash of the content serves, and
     # unlike a time it is the same for the same data.
     index = {"chunks": listed, "config": config, "updated_at": manifest.fingerprint}
     write_text(folder / INDEX, json.dumps(index, sort_keys=True))
     write_text(folder / MANIFEST, manifest.to_json())
     return manifest
+
+
+def _save_rows(path: Path, entries: list[dict[str, Any]]) -> None:
+    """Write the records' rows one after the other, with the place where each ends; nothing if there are none."""
+    if not any(entry.get("rows") for entry in entries):
+        return
+    rows = [row for entry in entries for row in entry["rows"] or [()] * len(entry["sizes"])]
+    values = np.array([value for row in rows for value in row], np.int32)
+    np.savez(path, values=values, ends=np.cumsum([len(row) for row in rows], dtype=np.int64))
 
 
 def _sum_dropped(entries: list[dict[str, Any]]) -> dict[str, Loss]:
@@ -299,7 +312,10 @@ def _sum_dropped(entries: list[dict[str, Any]]) -> dict[str, Loss]:
 
 
 def _summary(sizes: np.ndarray) -> dict[str, Any]:
-    """Sizes (N, 2) of height and width in a few numbers."""
+    """Sizes (N, 2) of height and width in a few numbers; records without an image, (0, 0), do not count."""
+    sizes = sizes[sizes.all(axis=1)]
+    if not len(sizes):
+        return {"distinct": 0, "most_common": []}
     heights, widths = sizes[:, 0], sizes[:, 1]
     pairs = Counter(map(tuple, sizes.tolist()))
     return {

@@ -241,7 +241,7 @@ def prepare_shapes(
         ValueError: If an option is out of range, or `output` holds something else.
     """
     sizes = tuple((int(height), int(width)) for height, width in sizes)
-    _check_options(count, seed, split, sizes, min_objects, max_objects)
+    check_options(count, seed, split, sizes, min_objects, max_objects)
     identity = {
         "kind": "shapes", "count": count, "seed": seed, "split": split, "sizes": sizes,
         "min_objects": min_objects, "max_objects": max_objects,
@@ -261,7 +261,7 @@ def prepare_shapes(
     )
 
 
-def _check_options(
+def check_options(
     count: int, seed: int, split: str, sizes: tuple[tuple[int, int], ...], min_objects: int, max_objects: int
 ) -> None:
     """Refuse options of `prepare_shapes` that are out of range."""

@@ -1,0 +1,246 @@
+"""Batches of packed conversations: ids, places of images, and what is to be predicted."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from illume_lightning.data.chat import render, unconditional
+from illume_lightning.data.conversation import Conversation
+from illume_lightning.data.conversation_store import ConversationStore
+from illume_lightning.data.packing import MicroBatchItems, PackItem, SizedImage, image_size
+from illume_lightning.data.schedule import Phase
+from illume_lightning.data.text_tokenizer import TextTokenizer
+from illume_lightning.data.token_cache import TokenCache
+from illume_lightning.data.token_sequence import Cells, TokenSequence, token_sequence
+from illume_lightning.data.transform import decode_at
+from illume_lightning.vocabulary import Vocabulary
+
+PADDING_DOCUMENT = -1
+
+
+class PackedBatch(NamedTuple):
+    """R rows of T places, B conversations in all; flat places count through the rows.
+
+    Args:
+        ids: int64 (R, T); images to tokenise have code 0 in their cells.
+        position_ids: int64 (R, T), from 0 in every conversation.
+        document_ids: int64 (R, T), number of the conversation in the batch, -1 is padding.
+        slot_ids: int64 (R, T), place within its image counted from 1, 0 outside of images.
+        images: uint8 (n, 3, H, W) each: input images by size.
+        semantic_slots: int64 (S,), flat places of these images' semantic features.
+        pixel_slots: int64 (P,), flat places of their pixel features.
+        target_images: uint8 (n, 3, H, W) each: images to tokenise by size; none where a cache has the codes.
+        target_semantic_slots: int64, flat places of their semantic codes.
+        target_pixel_slots: int64, flat places of their pixel codes.
+        target_positions: int64 (M,), flat places from which the next one's id is predicted.
+        segments: int64 (M,), number in `SEGMENTS` of what is predicted.
+        tasks: int64 (M,), dataset that it comes from.
+        answers: int64 (M,), number of the assistant's turn in the batch that it belongs to.
+        num_supervised: tokens to predict in the whole training step, over all devices and micro-batches.
+        dataset: int64 (B,), number of the source.
+        index: int64 (B,), record in the source's store.
+        sample_number: int64 (B,), running number in the run, or in the evaluation.
+    """
+
+    ids: Tensor
+    position_ids: Tensor
+    document_ids: Tensor
+    slot_ids: Tensor
+    images: list[Tensor]
+    semantic_slots: Tensor
+    pixel_slots: Tensor
+    target_images: list[Tensor]
+    target_semantic_slots: Tensor
+    target_pixel_slots: Tensor
+    target_positions: Tensor
+    segments: Tensor
+    tasks: Tensor
+    answers: Tensor
+    num_supervised: int
+    dataset: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    sample_number: Tensor
+
+
+class ConversationData(NamedTuple):
+    """A dataset as it is read.
+
+    Args:
+        store: the conversations.
+        caches: codes of its target images; one is used in the phases that it was made for.
+    """
+
+    store: ConversationStore
+    caches: Sequence[TokenCache] = ()
+
+
+class PackedConversations:
+    """Reads the rows that a plan names.
+
+    Args:
+        data: the datasets, in the plan's order.
+        phases: of the run.
+        vocabulary: of the model.
+        tokenizer: of text.
+        seed: of the condition's dropout.
+        condition_dropout: probability that a conversation with a target image loses its users' texts, for
+            guidance.
+        release_prompts: it gets the official release's unconditional prompts instead.
+    """
+
+    writes_images = False
+
+    def __init__(
+        self,
+        data: Sequence[ConversationData],
+        phases: Sequence[Phase],
+        vocabulary: Vocabulary,
+        tokenizer: TextTokenizer,
+        seed: int = 0,
+        condition_dropout: float = 0.0,
+        release_prompts: bool = False,
+    ) -> None:
+        self.data, self.phases = list(data), list(phases)
+        self.vocabulary, self.tokenizer = vocabulary, tokenizer
+        self.seed = seed
+        self.condition_dropout, self.release_prompts = condition_dropout, release_prompts
+
+    def read(self, items: MicroBatchItems, images: Tensor | None = None) -> PackedBatch:
+        """Read a micro-batch; ``images`` is not used.
+
+        Raises:
+            ValueError: if an image is damaged; names the store and the record.
+        """
+        rows = [[self._sample(item) for item in row] for row in items.rows]
+        packer = _Packer(rows)
+        flat = [item for row in items.rows for item in row]
+        numbers = torch.tensor([[item.dataset, item.index, item.sample_number] for item in flat])
+        return PackedBatch(
+            **packer.tokens(),
+            **packer.places("inputs", "images", "semantic_slots", "pixel_slots"),
+            **packer.places("targets", "target_images", "target_semantic_slots", "target_pixel_slots"),
+            num_supervised=items.num_supervised,
+            dataset=numbers[:, 0],
+            index=numbers[:, 1],
+            sample_number=numbers[:, 2],
+        )
+
+    def _sample(self, item: PackItem) -> "_Sample":
+        data, phase = self.data[item.dataset], self.phases[item.phase]
+        record = data.store.read(item.index)
+        cache = next((cache for cache in data.caches if cache.fits(phase)), None)
+        conversation, shown = record.conversation, tuple(range(len(record.images)))
+        if self._is_unconditional(item, conversation):
+            conversation, shown = unconditional(conversation, self.release_prompts)
+        tokens = token_sequence(
+            render(conversation, self.tokenizer),
+            self._sizes(item),
+            self.vocabulary,
+            lambda image: None if cache is None else cache.codes(item.index, image),
+            shown,
+        )
+        pictures = {
+            cells.image: self._decode(item, record.images[cells.image], cells.size)
+            for cells in (*tokens.inputs, *tokens.targets)
+        }
+        return _Sample(tokens, pictures, item.dataset)
+
+    def _sizes(self, item: PackItem) -> list[SizedImage]:
+        rows = self.data[item.dataset].store.images_of(item.index)
+        is_generation = bool(rows[:, 0].any())
+        sizes = [
+            image_size(self.phases[item.phase], is_generation, height, width)
+            for height, width in rows[:, 1:3].tolist()
+        ]
+        assert all(sizes), "the plan leaves out what would be cropped too much"
+        return [size for size in sizes if size is not None]
+
+    def _decode(self, item: PackItem, image: bytes, sized: SizedImage) -> np.ndarray:
+        try:
+            return decode_at(image, sized.size, stretch=sized.stretch)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(
+                f"an image of record {item.index} of {self.data[item.dataset].store.path} cannot be decoded "
+                f"({error}); copy the store again or prepare it again"
+            ) from error
+
+    def _is_unconditional(self, item: PackItem, conversation: Conversation) -> bool:
+        if not self.condition_dropout or not any(conversation.is_target):
+            return False
+        bits = np.random.Philox(key=[self.seed, item.sample_number])
+        return bool(np.random.Generator(bits).random() < self.condition_dropout)
+
+
+class _Sample(NamedTuple):
+    tokens: TokenSequence
+    pictures: dict[int, np.ndarray]
+    dataset: int
+
+
+class _Packer:
+    """Lays samples side by side in rows."""
+
+    def __init__(self, rows: Sequence[Sequence[_Sample]]) -> None:
+        self.shape = len(rows), max(sum(len(sample.tokens.ids) for sample in row) for row in rows)
+        self.samples: list[tuple[int, _Sample]] = []
+        """Samples with the flat places at which they begin."""
+        for number, row in enumerate(rows):
+            start = number * self.shape[1]
+            for sample in row:
+                self.samples.append((start, sample))
+                start += len(sample.tokens.ids)
+
+    def tokens(self) -> dict[str, Any]:
+        """What every place holds, and what is predicted."""
+        ids, positions, slots = (np.zeros(self.shape, dtype=np.int64) for _ in range(3))
+        documents = np.full(self.shape, PADDING_DOCUMENT, dtype=np.int64)
+        predicted, segments, tasks, answers = [], [], [], []
+        num_answers = 0
+        for number, (start, sample) in enumerate(self.samples):
+            tokens = sample.tokens
+            here = slice(start, start + len(tokens.ids))
+            ids.flat[here], slots.flat[here] = tokens.ids, tokens.slots
+            positions.flat[here], documents.flat[here] = np.arange(len(tokens.ids)), number
+            supervised = np.flatnonzero(tokens.is_supervised)
+            predicted.append(start + supervised - 1)
+            segments.append(tokens.segments[supervised])
+            tasks.append(np.full(len(supervised), sample.dataset))
+            # Something that is not predicted stands between any two answers.
+            begins = np.diff(supervised, prepend=-1) > 1
+            answers.append(num_answers + np.cumsum(begins) - 1)
+            num_answers += int(begins.sum())
+        return {
+            "ids": torch.from_numpy(ids),
+            "position_ids": torch.from_numpy(positions),
+            "document_ids": torch.from_numpy(documents),
+            "slot_ids": torch.from_numpy(slots),
+            "target_positions": _joined(predicted),
+            "segments": _joined(segments),
+            "tasks": _joined(tasks),
+            "answers": _joined(answers),
+        }
+
+    def places(self, kind: str, images: str, semantic: str, pixel: str) -> dict[str, Any]:
+        """Pictures by size, and the flat places of their cells in the same order, under the names given."""
+        of_size: defaultdict[tuple[int, int], list[tuple[int, _Sample, Cells]]] = defaultdict(list)
+        for start, sample in self.samples:
+            for cells in getattr(sample.tokens, kind):
+                of_size[cells.size.size].append((start, sample, cells))
+        groups = [of_size[size] for size in sorted(of_size)]
+        in_order = [place for group in groups for place in group]
+        return {
+            images: [
+                torch.from_numpy(np.stack([sample.pictures[cells.image] for _, sample, cells in group]))
+                for group in groups
+            ],
+            semantic: _joined([start + cells.semantic for start, _, cells in in_order]),
+            pixel: _joined([start + cells.pixel for start, _, cells in in_order]),
+        }
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *arrays]))

@@ -1,0 +1,109 @@
+"""Codes of conversations' target images, made before training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from illume_lightning.data.conversation_store import ConversationStore
+from illume_lightning.data.schedule import Phase
+from illume_lightning.data.store import ImageStore
+from illume_lightning.resolution import grids
+
+KIND = "tokens"
+"""The manifest's ``kind`` of such a store."""
+
+
+def generation_phase(phase: Phase) -> Phase:
+    """A phase with the sizes that pictures to generate have in another; equal where those are equal."""
+    mode, side = phase.mode, phase.side
+    if mode == "any_resolution":
+        mode, side = "multi_ratio", phase.generation_side or phase.side
+    return Phase(1, mode, side, 1, 1, phase.size_step)
+
+
+def pack_codes(semantic: np.ndarray, pixel: np.ndarray) -> bytes:
+    """One image's record: both grids (h1, w1) and (h2, w2), row by row, in little-endian int32."""
+    return b"".join(np.ascontiguousarray(codes, dtype="<i4").tobytes() for codes in (semantic, pixel))
+
+
+class TokenCache:
+    """Codes of the target images of a store of conversations, for phases of one size mode.
+
+    Args:
+        path: folder that `illume prepare tokens` wrote.
+        conversations: the store that it was made from.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it was made from other conversations, or is no token cache.
+    """
+
+    def __init__(self, path: str | Path, conversations: ConversationStore) -> None:
+        self.store = ImageStore(path)
+        identity = self.store.manifest.identity
+        if identity["kind"] != KIND:
+            raise ValueError(
+                f"{path} holds {identity['kind']}, no codes; make them with `illume prepare tokens`"
+            )
+        if identity["source"] != conversations.manifest.fingerprint:
+            raise ValueError(
+                f"the codes in {path} were made from other conversations than {conversations.path}; prepare them again "
+                "with `illume prepare tokens`"
+            )
+        self.tokenizer_fingerprint: str = identity["tokenizer"]
+        """Of the tokenizer that made the codes."""
+        self.codebooks: dict[str, int] = identity["codebooks"]
+        """Codes of each of its branches."""
+        self._phase = Phase(1, identity["mode"], identity["side"], 1, 1, identity["size_step"])
+        self._is_target = conversations.images[:, 0].astype(bool)
+        self._number = np.cumsum(self._is_target) - 1
+        self._first_image = conversations.first_image
+
+    def fits(self, phase: Phase) -> bool:
+        """Whether the pictures that a phase generates have these sizes."""
+        return generation_phase(phase) == self._phase
+
+    def codes(self, record: int, image: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Semantic and pixel codes, row by row; none for an image that is only input.
+
+        Args:
+            record: number of the conversation.
+            image: number of the image in it.
+        """
+        place = int(self._first_image[record]) + image
+        if not self._is_target[place]:
+            return None
+        number = int(self._number[place])
+        height, width = self.store.sizes[number].tolist()
+        flat = np.frombuffer(self.store.read(number).image, dtype="<i4").astype(np.int64)
+        rows, columns = grids(height, width).semantic
+        return flat[: rows * columns], flat[rows * columns :]
+
+
+def check_caches(caches: Sequence[TokenCache], codebooks: dict[str, int]) -> str | None:
+    """Fingerprint of the tokenizer that made all caches; none where there are none.
+
+    Args:
+        caches: of a run.
+        codebooks: codes of each branch that the model has tokens for.
+
+    Raises:
+        ValueError: if they come from several tokenizers, or from one with other codebooks.
+    """
+    for cache in caches:
+        if cache.codebooks != codebooks:
+            raise ValueError(
+                f"the codes in {cache.store.path} come from codebooks of {_text(cache.codebooks)} codes, the "
+                f"vocabulary has {_text(codebooks)}: set semantic_codes and pixel_codes to the tokenizer's, or prepare "
+                "the codes with the right one"
+            )
+    found = {cache.tokenizer_fingerprint for cache in caches}
+    if len(found) > 1:
+        names = ", ".join(f"{cache.store.path}: {cache.tokenizer_fingerprint[:12]}" for cache in caches)
+        raise ValueError(f"the caches were made by several tokenizers ({names}); prepare them with one")
+    return found.pop() if found else None
+
+
+def _text(codebooks: dict[str, int]) -> str:
+    return " and ".join(f"{count:,} {name}" for name, count in sorted(codebooks.items()))

@@ -1,0 +1,256 @@
+"""Conversations about the shapes world: every task of the MLLM, with answers that can be checked."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from illume_lightning.data.chat import DESCRIBE, EDIT, GENERATE, RANDOM, RECONSTRUCT, SYSTEM
+from illume_lightning.data.conversation import IMAGE, RESOLUTION_TAG, Conversation, Turn
+from illume_lightning.data.conversation_store import make_sample
+from illume_lightning.data.image import encode_png
+from illume_lightning.data.part import Lost, Sample, write_text
+from illume_lightning.data.store import Manifest
+from illume_lightning.data.text_tokenizer import FILE, TextTokenizer, train_tokenizer
+from illume_lightning.data.worlds.shapes import Scene, caption, check_options, draw_scene, render
+from illume_lightning.data.worlds.shapes_edits import draw_edit
+from illume_lightning.data.worlds.shapes_questions import Question, questions
+from illume_lightning.data.writer import write_stores
+
+ShapesTask = Literal["reconstruction", "captioning", "generation", "understanding", "editing", "text"]
+
+QUESTIONS_PER_SCENE = 6
+"""Questions of a conversation. A few of all there are: after some of them the rest could be answered from what was
+said, and nothing would be learned from the picture."""
+
+_PART_ITEMS = 1024
+_TOKENIZER_SCENES = 500
+_ATTEMPT = 2**40  # how far apart the numbers of the scenes are that a record may have
+
+
+class Example(NamedTuple):
+    """A conversation, and what its images show."""
+
+    conversation: Conversation
+    """Turns; images stand where they are looked at or generated."""
+
+    scenes: tuple[Scene, ...]
+    """Of its images, in order."""
+
+
+@dataclass(frozen=True)
+class SceneOptions:
+    """Which scenes are drawn.
+
+    Args:
+        seed: another seed gives other scenes.
+        split: "train", "val" or "test"; no scene is ever in two of them.
+        min_objects: fewest objects in a scene, from 1.
+        max_objects: most objects in a scene, up to 4.
+        one_object_share: share of the scenes, 0 to 1, that have one object whatever the limits are.
+
+    Raises:
+        ValueError: if the share is out of range.
+    """
+
+    seed: int = 0
+    split: str = "train"
+    min_objects: int = 1
+    max_objects: int = 4
+    one_object_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.one_object_share <= 1:
+            raise ValueError(f"one_object_share is {self.one_object_share}; it must be between 0 and 1")
+
+
+def converse(scene: Scene, task: ShapesTask, random: np.random.Generator) -> Example | None:
+    """A conversation about a scene.
+
+    Returns:
+        None if the task is editing and no edit leads to a scene of the same split.
+    """
+    if task == "reconstruction":
+        return Example(_exchange(RECONSTRUCT, IMAGE), (scene, scene))
+    if task == "captioning":
+        return Example(_exchange(DESCRIBE, caption(scene)), (scene,))
+    if task == "generation":
+        return Example(_exchange(GENERATE.replace("{caption}", caption(scene)), IMAGE), (scene,))
+    if task == "editing":
+        edit = draw_edit(scene, random)
+        if edit is None:
+            return None
+        return Example(_exchange(EDIT.replace("{instruction}", edit.instruction), IMAGE), (scene, edit.scene))
+    asked = questions(scene, random)
+    if task == "understanding":
+        return Example(ask(f"{IMAGE}\n", asked[:QUESTIONS_PER_SCENE]), (scene,))
+    asked = [question for question in asked if question.kind != "caption"]
+    return Example(ask(f"There is {caption(scene)}.\n", asked[:QUESTIONS_PER_SCENE]), ())
+
+
+def ask(opening: str, asked: Sequence[Question]) -> Conversation:
+    """Questions and answers in turn; the first question follows the opening, `IMAGE` and a line break for a picture."""
+    turns: list[Turn] = []
+    for question in asked:
+        turns.append(Turn("user", question.text if turns else opening + question.text))
+        turns.append(Turn("assistant", question.answer))
+    return Conversation(tuple(turns))
+
+
+def draw_example(task: ShapesTask, options: SceneOptions, index: int) -> Example:
+    """The example that a record shows; a function of its arguments alone.
+
+    Args:
+        task: what the conversation is about.
+        options: which scenes are drawn.
+        index: number of the record, 0 to 2^40 - 1.
+    """
+    random = _random(options.seed, index, get_args(ShapesTask).index(task))
+    limits = (options.min_objects, options.max_objects)
+    if random.random() < options.one_object_share:
+        limits = (1, 1)
+    while True:
+        scene = draw_scene(
+            options.seed, index, split=options.split, min_objects=limits[0], max_objects=limits[1]
+        )
+        example = converse(scene, task, random)
+        if example is not None:
+            return example
+        index += _ATTEMPT
+
+
+def prepare_shapes_conversations(
+    output: str | Path,
+    *,
+    tokenizer: str,
+    task: ShapesTask,
+    count: int,
+    seed: int = 0,
+    split: str = "train",
+    sizes: Sequence[tuple[int, int]] = ((224, 224),),
+    min_objects: int = 1,
+    max_objects: int = 4,
+    one_object_share: float = 0.0,
+    chunk_megabytes: int = 64,
+    num_workers: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Manifest]:
+    """Write a store of conversations about shapes.
+
+    Args:
+        output: The folder to make.
+        tokenizer: Folder of the text tokenizer, see `illume prepare shapes-tokenizer`; decides lengths.
+        task: "reconstruction", "captioning", "generation" from captions, "understanding" (several questions
+            about a picture), "editing", or "text" (questions about a caption, without a picture).
+        count: Number of conversations.
+        seed: Another seed gives other scenes.
+        split: "train", "val" or "test"; no scene is ever in two of them, nor is an edited one.
+        sizes: Heights and widths in pixels; each conversation's images get one of them at random.
+        min_objects: Fewest objects in a scene before it is edited, from 1.
+        max_objects: Most objects in a scene before it is edited, up to 4.
+        one_object_share: Share of the scenes, 0 to 1, that have one object whatever the limits are.
+        chunk_megabytes: Size of a chunk file in MB.
+        num_workers: Processes; 0 works in this one. The result does not depend on it.
+        overwrite: Replace a store that was made with other options.
+
+    Returns:
+        The manifest of the store, under "".
+
+    Raises:
+        FileNotFoundError: If the folder has no tokenizer.
+        ValueError: If an option is out of range, or `output` holds something else.
+    """
+    if task not in get_args(ShapesTask):
+        raise ValueError(f"task is '{task}'; it must be one of {', '.join(get_args(ShapesTask))}")
+    sizes = tuple((int(height), int(width)) for height, width in sizes)
+    check_options(count, seed, split, sizes, min_objects, max_objects)
+    scenes = SceneOptions(seed, split, min_objects, max_objects, one_object_share)
+    text_tokenizer = TextTokenizer(tokenizer)
+    identity = {
+        "kind": "conversations", "text_tokenizer": text_tokenizer.fingerprint, "world": "shapes", "task": task,
+        "count": count, "seed": seed, "split": split, "sizes": sizes, "min_objects": min_objects,
+        "max_objects": max_objects, "one_object_share": one_object_share,
+    }  # fmt: skip
+    return write_stores(
+        output,
+        identity,
+        lambda: [
+            ConversationsPart(
+                range(start, min(start + _PART_ITEMS, count)), task, scenes, sizes, text_tokenizer
+            )
+            for start in range(0, count, _PART_ITEMS)
+        ],
+        chunk_megabytes=chunk_megabytes,
+        num_workers=num_workers,
+        overwrite=overwrite,
+    )
+
+
+@dataclass(frozen=True)
+class ConversationsPart:
+    """Some numbers of the conversations that `prepare_shapes_conversations` writes."""
+
+    indices: range
+    task: ShapesTask
+    options: SceneOptions
+    sizes: tuple[tuple[int, int], ...]
+    tokenizer: TextTokenizer
+
+    @property
+    def num_items(self) -> int:
+        """Number of conversations."""
+        return len(self.indices)
+
+    def read(self) -> Iterator[Sample | Lost]:
+        """Draw the conversations and their images."""
+        for index in self.indices:
+            conversation, scenes = draw_example(self.task, self.options, index)
+            # A stream of its own: the scenes do not change with the list of sizes.
+            random = _random(self.options.seed, index, len(get_args(ShapesTask)))
+            size = self.sizes[random.integers(len(self.sizes))]
+            images = [encode_png(render(scene, *size), compress_level=1) for scene in scenes]
+            yield make_sample(str(index), conversation, images, [size] * len(images), self.tokenizer)
+
+
+def prepare_shapes_tokenizer(output: str | Path, vocab_size: int = 512) -> None:
+    """Train a text tokenizer on the words of this world; always the same one.
+
+    Args:
+        output: The folder to make; gets `tokenizer.json`.
+        vocab_size: Most text tokens; at least 259.
+
+    Raises:
+        ValueError: If the size is too small, or the folder has another tokenizer.
+    """
+    target = Path(output) / FILE
+    with TemporaryDirectory() as scratch:
+        made = train_tokenizer(_texts(), scratch, vocab_size)
+        if not target.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_text(target, (made.folder / FILE).read_text(encoding="utf-8"))
+        elif TextTokenizer(output).fingerprint != made.fingerprint:
+            raise ValueError(f"{target} is another tokenizer; choose another output, or remove it")
+
+
+def _texts() -> Iterator[str]:
+    """What is said in this world, without placeholders."""
+    conversations = [Conversation((Turn("system", SYSTEM), Turn("user", RANDOM), Turn("assistant", IMAGE)))]
+    for task in get_args(ShapesTask):
+        for index in range(_TOKENIZER_SCENES):
+            conversations.append(draw_example(task, SceneOptions(), index).conversation)
+    for conversation in conversations:
+        for turn in conversation.turns:
+            yield f"{turn.role}\n"
+            yield from turn.text.replace(RESOLUTION_TAG, IMAGE).split(IMAGE)
+
+
+def _exchange(request: str, answer: str) -> Conversation:
+    return Conversation((Turn("user", request), Turn("assistant", answer)))
+
+
+def _random(seed: int, index: int, stream: int) -> np.random.Generator:
+    """A generator that depends on its arguments only."""
+    return np.random.default_rng((seed, index, stream))

@@ -1,0 +1,286 @@
+"""Conversations about shapes: answers are true, edits do what they say, splits share no scene."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from illume_lightning.data.conversation import IMAGE, Conversation, Turn
+from illume_lightning.data.store import Manifest
+from illume_lightning.data.text_tokenizer import TextTokenizer
+from illume_lightning.data.worlds.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    RADII,
+    SHAPES,
+    SPLITS,
+    Object,
+    Scene,
+    caption,
+    draw_scene,
+    phrase,
+    split_of,
+)  # fmt: skip
+from illume_lightning.data.worlds.shapes_conversations import (
+    QUESTIONS_PER_SCENE,
+    ConversationsPart,
+    SceneOptions,
+    ShapesTask,
+    draw_example,
+    prepare_shapes_conversations,
+    prepare_shapes_tokenizer,
+)  # fmt: skip
+from illume_lightning.data.worlds.shapes_edits import draw_edit, edits
+from illume_lightning.data.worlds.shapes_questions import Question, questions
+
+TASKS: tuple[ShapesTask, ...] = get_args(ShapesTask)
+SCENES = [draw_scene(3, index) for index in range(60)] + [Scene("white", ()), Scene("black", ())]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer") / "shapes"
+    prepare_shapes_tokenizer(folder)
+    return TextTokenizer(folder)
+
+
+def by_hand(scene: Scene, question: Question) -> str:
+    """The answer, from the words of the question alone."""
+    text = question.text
+    found = re.fullmatch(r"Is there an? (\w+) (\w+)\?", text)
+    if found:
+        return "yes" if found.groups() in [(thing.colour, thing.shape) for thing in scene.objects] else "no"
+    found = re.fullmatch(r"What (?:is|color is the object|shape is the object) at the (\w+ \w+)\?", text)
+    if found:
+        things = [thing for thing in scene.objects if thing.place == found[1]]
+        if not things:
+            return "nothing"
+        if "color" in text:
+            return things[0].colour
+        if "shape" in text:
+            return things[0].shape
+        return phrase(things[0]).split(" at ")[0]
+    return {
+        "Describe the image.": caption(scene),
+        "How many objects are there?": str(len(scene.objects)),
+        "What color is the background?": scene.background,
+    }[text]
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=caption)
+def test_answers_are_true(scene: Scene) -> None:
+    asked = questions(scene, np.random.default_rng(0))
+    assert Counter(question.kind for question in asked) == Counter(
+        {
+            "caption": 1, "count": 1, "background": 1, "existence": 1, "content": 4,
+            "colour": len(scene.objects), "shape": len(scene.objects),
+        }
+    )  # fmt: skip
+    assert len({question.text for question in asked}) == 8 + 2 * len(scene.objects)
+    for question in asked:
+        assert question.answer == by_hand(scene, question), question
+
+
+def test_questions_come_in_any_order_and_reproduce() -> None:
+    asked = [questions(SCENES[0], np.random.default_rng(seed)) for seed in range(40)]
+    assert questions(SCENES[0], np.random.default_rng(7)) == asked[7]
+    assert len({each[0].text for each in asked}) >= 6
+    assert {"caption", "existence"} <= {each[0].kind for each in asked}
+
+
+def test_existence_is_balanced_and_cannot_be_guessed_from_the_colours() -> None:
+    random = np.random.default_rng(0)
+    answers, near = [], []
+    for index in range(600):
+        scene = draw_scene(0, index)
+        (question,) = (each for each in questions(scene, random) if each.kind == "existence")
+        answers.append(question.answer == "yes")
+        words = question.text.rstrip("?").split()
+        near.append(any(thing.colour in words or thing.shape in words for thing in scene.objects))
+    assert 0.44 < np.mean(answers) < 0.56
+    assert all(near)
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=caption)
+def test_edits_change_what_they_say(scene: Scene) -> None:
+    found = list(edits(scene))
+    things, free = len(scene.objects), 4 - len(scene.objects)
+    assert Counter(edit.kind for edit in found) == +Counter(
+        {"remove": things, "recolour": 6 * things, "move": free * things, "add": 56 * free}
+    )
+    assert len({edit.instruction for edit in found}) == len({edit.scene for edit in found}) == len(found)
+    for edit in found:
+        assert edit.scene != scene
+        assert edit.scene == obey(scene, edit.instruction)
+
+
+def obey(scene: Scene, instruction: str) -> Scene:
+    """The scene after an instruction, from its words alone."""
+    thing = r"(\w+) (\w+) (\w+) at the (\w+ \w+)"
+    pattern = rf"(?:(remove)|change the color of|(move)|(add)) (?:the|a) {thing}(?: to (?:the )?(.+))?"
+    remove, move, add, size, colour, shape, place, to = re.fullmatch(pattern, instruction).groups()
+    named = Object(shape, colour, size, place)
+    if add:
+        return Scene(scene.background, (*scene.objects, named))
+    assert named in scene.objects
+    others = tuple(other for other in scene.objects if other != named)
+    if remove:
+        return Scene(scene.background, others)
+    changed = Object(shape, colour, size, to) if move else Object(shape, to, size, place)
+    return Scene(scene.background, (*others, changed))
+
+
+def test_drawn_edits_are_of_all_kinds_and_stay_in_the_split() -> None:
+    random = np.random.default_rng(0)
+    kinds: Counter[str] = Counter()
+    for split in SPLITS:
+        for index in range(60):
+            scene = draw_scene(0, index, split=split)
+            edit = draw_edit(scene, random)
+            if edit is None:
+                assert split != "train"
+                assert all(split_of(each.scene) != split for each in edits(scene))
+                continue
+            kinds[edit.kind] += split == "train"
+            assert split_of(edit.scene) == split
+    assert min(kinds.values()) >= 6 and len(kinds) == 4
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_examples_reproduce_and_keep_to_their_split(task: ShapesTask) -> None:
+    for split in SPLITS:
+        options = SceneOptions(seed=5, split=split)
+        examples = [draw_example(task, options, index) for index in range(30)]
+        assert examples == [draw_example(task, options, index) for index in range(30)]
+        assert {split_of(scene) for example in examples for scene in example.scenes} <= {split}
+        assert len({example.conversation for example in examples}) > (0 if task == "reconstruction" else 20)
+        for conversation, scenes in examples:
+            assert len(scenes) == len(conversation.is_target)
+    other = [draw_example(task, SceneOptions(seed=6), index) for index in range(30)]
+    assert other != [draw_example(task, SceneOptions(seed=5), index) for index in range(30)]
+
+
+def test_conversations_of_each_task() -> None:
+    found = {task: draw_example(task, SceneOptions(), 5) for task in TASKS}
+    first = {task: example.conversation.turns for task, example in found.items()}
+    scene = found["captioning"].scenes[0]
+    assert {task: example.conversation.task for task, example in found.items()} == {
+        "reconstruction": "editing", "captioning": "understanding", "generation": "generation",
+        "understanding": "understanding", "editing": "editing", "text": "text",
+    }  # fmt: skip
+    assert {example.scenes[0] for example in found.values() if example.scenes} == {scene}
+    assert found["reconstruction"].scenes == (scene, scene)
+    assert first["captioning"] == (
+        Turn("user", "<image>\nDescribe the image."),
+        Turn("assistant", caption(scene)),
+    )
+    assert first["generation"][0].text == (
+        f"Generate an image of {{resolution_tag}}, the content of image is {caption(scene)}\n"
+    )
+    source, target = found["editing"].scenes
+    instruction = re.fullmatch(
+        r"<image>\nPlease edit the image according to the instruction: (.*)\.\n", first["editing"][0].text
+    )[1]
+    assert obey(source, instruction) == target
+    assert [first[task][1] for task in ("reconstruction", "generation", "editing")] == [
+        Turn("assistant", IMAGE)
+    ] * 3
+
+
+def test_several_questions_share_a_picture_or_a_text() -> None:
+    for index in range(20):
+        (scene,) = draw_example("understanding", SceneOptions(), index).scenes
+        for task, opening in (("understanding", "<image>\n"), ("text", f"There is {caption(scene)}.\n")):
+            turns = draw_example(task, SceneOptions(), index).conversation.turns
+            assert [turn.role for turn in turns] == ["user", "assistant"] * QUESTIONS_PER_SCENE
+            assert turns[0].text.startswith(opening)
+            texts = [turn.text.removeprefix(opening) for turn in turns]
+            for text, answer in zip(texts[::2], texts[1::2], strict=True):
+                assert answer == by_hand(scene, Question("content", text, ""))
+
+
+def test_one_object_share() -> None:
+    def counts(share: float) -> Counter[int]:
+        options = SceneOptions(min_objects=2, max_objects=3, one_object_share=share)
+        return Counter(
+            len(draw_example("captioning", options, index).scenes[0].objects) for index in range(100)
+        )
+
+    assert set(counts(0)) == {2, 3}
+    assert 65 < counts(0.8)[1] < 95
+    assert set(counts(1)) == {1}
+
+
+def test_the_tokenizer_has_the_words_of_the_world(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    assert tokenizer.num_text <= 512
+    words = ["star at the top left", *SHAPES, *COLOURS, *RADII, *BACKGROUNDS, *" ".join(PLACES).split()]
+    for word in words:
+        assert len(tokenizer.encode(f" {word}")) == len(word.split()), word
+    for answer in ("yes", "no", "nothing", "3", *SHAPES, *COLOURS, *BACKGROUNDS):
+        assert len(tokenizer.encode(answer)) == 1, answer
+    before = (tokenizer.folder / "tokenizer.json").stat().st_mtime_ns
+    prepare_shapes_tokenizer(tokenizer.folder)  # nothing to do
+    assert (tokenizer.folder / "tokenizer.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="is another tokenizer"):
+        prepare_shapes_tokenizer(tokenizer.folder, vocab_size=300)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_records_are_the_examples(task: ShapesTask, tokenizer: TextTokenizer) -> None:
+    sizes = ((112, 112), (80, 160))
+    part = ConversationsPart(range(3, 11), task, SceneOptions(seed=2), sizes, tokenizer)
+    samples = list(part.read())
+    assert len(samples) == part.num_items == 8
+    assert samples == list(part.read())
+    for index, sample in zip(part.indices, samples, strict=True):
+        turns = json.loads(sample.meta)["turns"]
+        example = draw_example(task, SceneOptions(seed=2), index)
+        assert Conversation(tuple(Turn(**turn) for turn in turns)) == example.conversation
+        assert (sample.name, sample.split) == (str(index), "")
+    found = {(sample.height, sample.width) for sample in samples}
+    assert found == ({(0, 0)} if task == "text" else set(sizes))
+
+
+def test_prepare_writes_a_store(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    def prepare(name: str, **options: int) -> Manifest:
+        return prepare_shapes_conversations(
+            tmp_path / name,
+            tokenizer=str(tokenizer.folder),
+            task="editing",
+            count=12,
+            sizes=((64, 64),),
+            **options,
+        )[""]
+
+    manifest = prepare("one")
+    assert manifest.written == 12
+    assert manifest.identity["kind"] == "conversations"
+    assert manifest.identity["text_tokenizer"] == tokenizer.fingerprint
+    assert manifest.fingerprint == prepare("two").fingerprint
+    assert manifest.fingerprint != prepare("three", seed=1).fingerprint
+    assert prepare("one") == manifest  # nothing to do
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"task": "painting"}, "task is 'painting'"),
+        ({"one_object_share": 1.5}, "one_object_share is 1.5"),
+        ({"max_objects": 5}, "max_objects=5"),
+        ({"split": "all"}, "split is 'all'"),
+    ],
+)
+def test_options_out_of_range_are_refused(
+    options: dict, complaint: str, tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        prepare_shapes_conversations(
+            tmp_path / "out", **{"tokenizer": str(tokenizer.folder), "task": "text", "count": 1, **options}
+        )
+    with pytest.raises(FileNotFoundError, match="no text tokenizer"):
+        prepare_shapes_conversations(tmp_path / "out", tokenizer=str(tmp_path), task="text", count=1)

@@ -4,6 +4,7 @@
 ours. Heavy libraries are imported only by the subcommand that needs them.
 """
 
+import json
 import logging
 import re
 import sys
@@ -20,10 +21,14 @@ usage: illume COMMAND [OPTIONS]
 
 Data
   prepare images SOURCE... OUT   folders, webdataset tars or parquet files -> a store for training
+  prepare conversations SOURCE... OUT --tokenizer DIR
+                                 LLaVA, ShareGPT, edits or captioned images -> a store for the MLLM
   prepare shapes|photographs|emoji OUT
                                  the embedded worlds
-  prepare latents STORE OUT TOKENIZER
-                                 codes and latents for the diffusion decoder
+  prepare shapes-conversations|shapes-tokenizer OUT
+                                 every task of the MLLM about shapes, and a text tokenizer for them
+  prepare latents|tokens STORE OUT TOKENIZER
+                                 what a trained DualViTok makes of a store, for the diffusion decoder or the MLLM
 
 Training (LightningCLI; one YAML is one run)
   fit -c FILE.yaml               train; started again, it continues where it stopped
@@ -143,19 +148,37 @@ def _prepare(rest: list[str]) -> None:
     from jsonargparse import auto_cli
 
     from illume_lightning.data.prepare import prepare_images
+    from illume_lightning.data.prepare_conversations import prepare_conversations
     from illume_lightning.data.worlds.emoji import prepare_emoji
     from illume_lightning.data.worlds.photographs import prepare_photographs
     from illume_lightning.data.worlds.shapes import prepare_shapes
+    from illume_lightning.data.worlds.shapes_conversations import (
+        prepare_shapes_conversations,
+        prepare_shapes_tokenizer,
+    )
     from illume_lightning.lit.prepare_latents import prepare_latents
+    from illume_lightning.lit.prepare_tokens import prepare_tokens
 
     importers: dict[str, Any] = {
         "images": prepare_images,
+        "conversations": prepare_conversations,
         "shapes": prepare_shapes,
         "photographs": prepare_photographs,
         "emoji": prepare_emoji,
+        "shapes-conversations": prepare_shapes_conversations,
+        "shapes-tokenizer": prepare_shapes_tokenizer,
         "latents": prepare_latents,
+        "tokens": prepare_tokens,
     }
-    auto_cli(importers, args=rest or ["--help"], prog="illume prepare", as_positional=True)
+    auto_cli(importers, args=_with_list(rest) or ["--help"], prog="illume prepare", as_positional=True)
+
+
+def _with_list(rest: list[str]) -> list[str]:
+    """`SOURCE... OUT` with the sources in one argument, as jsonargparse wants a list."""
+    count = next((number for number, text in enumerate(rest) if text.startswith("-")), len(rest))
+    if rest[:1] not in (["images"], ["conversations"]) or count < 3 or rest[1].startswith("["):
+        return rest
+    return [rest[0], json.dumps(rest[1 : count - 1]), *rest[count - 1 :]]
 
 
 def _user_errors(command: str) -> tuple[type[BaseException], ...]:

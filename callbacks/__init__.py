@@ -6,6 +6,7 @@ from callbacks.prediction_pictures import PredictionPictures
 from callbacks.reconstruction_grid import ReconstructionGrid
 from callbacks.resolution_curriculum import ResolutionCurriculum
 from callbacks.result_table import ResultTable
+from callbacks.start_from_qwen import StartFromQwen
 from callbacks.throughput import Throughput
 from callbacks.warm_start import WarmStart
 
@@ -16,6 +17,7 @@ __all__ = [
     "ReconstructionGrid",
     "ResolutionCurriculum",
     "ResultTable",
+    "StartFromQwen",
     "Throughput",
     "WarmStart",
 ]

@@ -9,7 +9,7 @@ from callbacks.reconstruction_grid import ReconstructionGrid
 
 
 class ResultTable(L.Callback):
-    """Print ``val/<size>/<metric>`` as a table when a fit or validation ends, and write it to ``results.md``."""
+    """Print ``val/<data>/<metric>`` as a table when a fit or validation ends, and write it to ``results.md``."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print after training."""
@@ -38,7 +38,7 @@ class ResultTable(L.Callback):
 
 
 def markdown(metrics: dict[str, float]) -> str:
-    """A Markdown table with a row per size and a column per metric, from ``val/<size>/<metric>`` values."""
+    """A Markdown table with a row per data set and a column per metric, from ``val/<data>/<metric>`` values."""
     rows: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         parts = name.split("/")
@@ -47,7 +47,7 @@ def markdown(metrics: dict[str, float]) -> str:
     if not rows:
         return ""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = ["| size | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines = ["| data | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for size, row in rows.items():
         cells = [f"{row[column]:.4g}" if column in row else "" for column in columns]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")

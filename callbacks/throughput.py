@@ -1,39 +1,52 @@
 """Speed in the progress bar and the logs."""
 
 import time
+from typing import Any
 
 import lightning as L
 
-from illume_lightning.lit.datamodule import ImageBatch
+from illume_lightning.data.packed_batch import PackedBatch
 
 
 class Throughput(L.Callback):
-    """Log ``speed/images_per_s``: pictures of all ranks over wall time since the last log, loader included."""
+    """Log ``speed/samples_per_s``: samples of all ranks over wall time since the last log, loader included.
+
+    Where samples are packed into rows, also ``speed/tokens_per_s``, without padding.
+    """
 
     def __init__(self) -> None:
-        self._images = 0
+        self._samples = self._tokens = 0
         self._since = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self._images, self._since = 0, time.perf_counter()
+        self._restart()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validation does not count as training time."""
-        self._images, self._since = 0, time.perf_counter()
+        self._restart()
 
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: object,
-        batch: ImageBatch,
+        batch: Any,
         batch_idx: int,
     ) -> None:
         """Count, and log as often as the trainer logs."""
-        self._images += batch.images.shape[0] * trainer.world_size
+        self._samples += len(batch.index) * trainer.world_size
+        is_packed = isinstance(batch, PackedBatch)
+        if is_packed:
+            self._tokens += int((batch.document_ids >= 0).sum()) * trainer.world_size
         if (batch_idx + 1) % trainer.log_every_n_steps:
             return
-        now = time.perf_counter()
-        pl_module.log("speed/images_per_s", self._images / max(now - self._since, 1e-9), prog_bar=True)
-        self._images, self._since = 0, now
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        pl_module.log("speed/samples_per_s", self._samples / seconds, prog_bar=True)
+        if is_packed:
+            pl_module.log("speed/tokens_per_s", self._tokens / seconds)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._samples = self._tokens = 0
+        self._since = time.perf_counter()

@@ -113,10 +113,49 @@ def diffusion_decoder() -> dict[str, str]:
     return {key: str(value) for key, value in values.items()}
 
 
-PARTS = {"DualViTok": dualvitok, "Diffusion decoder": diffusion_decoder}
+def mllm() -> dict[str, str]:
+    """The same of the three stages of the MLLM."""
+    configs = {number: parse(f"paper/mllm_stage{number}.yaml") for number in (1, 2, 3)}
+    stages = {number: build_model(config) for number, config in configs.items()}
+    model, data = stages[3].model, configs[3]["data"]["init_args"]
+    vocabulary, trunk = model.vocabulary, model.trunk.config
+    optimizer = stages[1]._optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+    values: dict[str, Any] = {
+        "vocabulary": f"{vocabulary.size - vocabulary.num_unused} ids in {vocabulary.size} rows",
+        "language model": f"{trunk.num_hidden_layers} blocks of width {trunk.hidden_size}, "
+        + ("tied" if model.head.is_tied else "untied"),
+        "ViT blocks of stage 3": f"from {stages[3].vit_from_layer}",
+        "optimizer": type(optimizer).__name__,
+        "weight decay": optimizer.param_groups[0]["weight_decay"],
+        "betas": ", ".join(map(str, optimizer.param_groups[0]["betas"])),
+        "learning-rate schedule": "constant" if stages[1]._lr_scheduler is None else "scheduled",
+        "gradient clipping": stages[1].gradient_clip,
+        "condition dropout": data["condition_dropout"],
+        "unconditional prompt": "the release's" if data["release_prompts"] else "masked",
+        "slot embedding": 0 if model.slot_embedding is None else model.slot_embedding.num_embeddings,
+    }
+    for number, config in configs.items():
+        rates = stages[number].learning_rates
+        values[f"stage {number} trains"] = ", ".join(f"{name} {rate}" for name, rate in rates.items())
+        values[f"stage {number} data"] = "; ".join(
+            f"{phase['mode']} {phase['side']}, "
+            + (f"generation {phase['generation_side']}, " if phase["generation_side"] else "")
+            + f"{phase['batch_size']} until {phase['until_step']}"
+            for phase in config["curriculum"]["phases"]
+        )
+    return {key: str(value) for key, value in values.items()}
+
+
+PARTS = {"DualViTok": dualvitok, "Diffusion decoder": diffusion_decoder, "MLLM": mllm}
+YAMLS = {
+    "DualViTok": "paper/dualvitok.yaml",
+    "Diffusion decoder": "paper/diffusion_decoder.yaml",
+    "MLLM": "paper/mllm_stage3.yaml",
+}
 
 # Rows that other tests hold: test_losses (dropout, eps), test_dualvitok (branch), test_parity (target);
-# test_diffusion_decoder (condition, numbers, guidance), test_diffusion_decoder_module (half size).
+# test_diffusion_decoder (condition, numbers, guidance), test_diffusion_decoder_module (half size);
+# test_parity (features), test_mllm_stages (parts, loss), test_packing (long), test_chat (typed tokens, braces).
 ELSEWHERE = {
     "DualViTok": {"LPIPS dropout", "semantic loss", "noise branch", "semantic target"},
     "Diffusion decoder": {
@@ -125,6 +164,14 @@ ELSEWHERE = {
         "unconditional branch",
         "latents",
         "half-size input of the tokenizer",
+    },
+    "MLLM": {
+        "continuous features",
+        "pixel encoder of stage 3",
+        "loss of a step",
+        "long conversations",
+        "special tokens that a user types",
+        "braces in captions",
     },
 }
 
@@ -139,11 +186,11 @@ def test_every_row_is_checked_and_true(part: str) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_the_named_options_exist(part: str) -> None:
     section = (ROOT / "docs" / "fidelity.md").read_text().split(f"## {part}\n")[1].split("\n## ")[0]
-    config = parse(f"paper/{part.lower().replace(' ', '_')}.yaml")
-    init = config["model"]["init_args"]
+    config = parse(YAMLS[part])
+    init = {**config["model"]["init_args"], **config["data"]["init_args"]}
     inner = [
         value["init_args"] for value in init.values() if isinstance(value, dict) and "init_args" in value
     ]
     known = {name for section in (init, *inner) for name in section}
-    for option in re.findall(r"`(\w+)\.\w+: \S+`", section):
+    for option in re.findall(r"`(\w+)(?:\.\w+)?: \S+`", section):
         assert option in known, option

@@ -1,0 +1,279 @@
+"""Packed conversations for the stages of the MLLM, read in the order of a plan."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+
+from illume_lightning.data.conversation_store import ConversationStore
+from illume_lightning.data.loader import BatchLoader, PlanBatches, PlanLoader
+from illume_lightning.data.packed_batch import ConversationData, PackedConversations
+from illume_lightning.data.packing import ConversationSource, PackPlan, evaluation_batches
+from illume_lightning.data.schedule import Phase, SizeMode
+from illume_lightning.data.text_tokenizer import TextTokenizer
+from illume_lightning.data.token_cache import TokenCache, check_caches
+from illume_lightning.lit.datamodule import replica
+from illume_lightning.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Conversations:
+    """A store of conversations."""
+
+    path: str
+    """Folder of the store."""
+
+    weight: float = 1.0
+    """Share of the training samples, relative to the other tasks' weights, whatever the stores' sizes."""
+
+    tokens: list[str] = field(default_factory=list)
+    """Folders that `illume prepare tokens` wrote for it, one for each size of the curriculum; without one for a
+    phase, its target images are tokenised as they come."""
+
+
+class ConversationDataModule(L.LightningDataModule):
+    """Training batches in the order of a plan, and held-out conversations of every task.
+
+    The phases of training (sizes, batch sizes) come from the `ResolutionCurriculum` callback; `batch_size` counts
+    conversations.
+
+    Args:
+        text_tokenizer: folder with `tokenizer.json`.
+        vocabulary: of the model.
+        train: stores to train on by task, the name of which is logged.
+        val: held-out stores by task.
+        test: stores to test on, as `val`.
+        row_tokens: most tokens of a packed row; longer conversations are left out and counted.
+        condition_dropout: probability that a conversation with an image to generate loses its users' texts, for
+            guidance (official release: 0.1).
+        release_prompts: the official release's unconditional prompts instead of masked text (paper).
+        val_side: side of evaluation images in pixels, as in a phase.
+        val_mode: size mode of evaluation images, as in a phase.
+        val_limit: most conversations of a task to evaluate; none takes all.
+        val_rows: most packed rows in an evaluation batch, per device.
+        num_workers: processes that read, per device; 0 reads in the training process.
+        prefetch: batches that each worker reads ahead.
+        pin_memory: page-locked batches, where there is an accelerator.
+        shuffle_window: see `Plan`.
+        seed: of the order and the condition's dropout.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        text_tokenizer: str,
+        vocabulary: Vocabulary,
+        train: dict[str, Conversations] | None = None,
+        val: dict[str, Conversations] | None = None,
+        test: dict[str, Conversations] | None = None,
+        row_tokens: int = 4096,
+        condition_dropout: float = 0.1,
+        release_prompts: bool = False,
+        val_side: int = 256,
+        val_mode: SizeMode = "fixed",
+        val_limit: int | None = None,
+        val_rows: int = 8,
+        num_workers: int = 2,
+        prefetch: int = 4,
+        pin_memory: bool = True,
+        shuffle_window: int = 4096,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= condition_dropout <= 1:
+            raise ValueError(f"condition_dropout {condition_dropout} is no probability; choose 0 to 1")
+        for name, value in (("row_tokens", row_tokens), ("val_limit", val_limit), ("val_rows", val_rows)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} is not positive")
+        self.text_tokenizer, self.vocabulary = TextTokenizer(text_tokenizer), vocabulary
+        self.tasks = {"fit": dict(train or {}), "validate": dict(val or {}), "test": dict(test or {})}
+        self.val_names: list[str] = []
+        """Tasks of the evaluation loaders made last, in order."""
+        self.row_tokens = row_tokens
+        self.condition_dropout, self.release_prompts = condition_dropout, release_prompts
+        self._val_phase = Phase(1, val_mode, val_side, 1, 1)
+        self.val_limit, self.val_rows = val_limit, val_rows
+        self.shuffle_window, self.seed = shuffle_window, seed
+        self.num_workers, self.prefetch = num_workers, prefetch
+        self.pin_memory = pin_memory
+        self._phases: tuple[Phase, ...] | None = None
+        self._plan: PackPlan | None = None
+        self._data: dict[str, ConversationData] = {}
+
+    @property
+    def train_names(self) -> list[str]:
+        """Tasks of training, in the order of their numbers in batches."""
+        return list(self.tasks["fit"])
+
+    @property
+    def plan(self) -> PackPlan:
+        """The plan of the run.
+
+        Raises:
+            ValueError: if there are no phases or no training data.
+        """
+        if self._plan is None:
+            if self._phases is None:
+                raise ValueError(
+                    "there are no phases to train by; add the ResolutionCurriculum callback to the trainer"
+                )
+            if not self.tasks["fit"]:
+                raise ValueError("there are no training data; list stores under `train`")
+            sources = [
+                _source(name, self._open(task), task.weight) for name, task in self.tasks["fit"].items()
+            ]
+            self._plan = PackPlan(
+                self._phases, sources, self.vocabulary, self.row_tokens, self.seed, self.shuffle_window
+            )
+        return self._plan
+
+    def set_curriculum(self, phases: Sequence[Phase]) -> None:
+        """Set the phases of training; the ResolutionCurriculum callback does."""
+        self._phases = tuple(phases)
+        self._plan = None
+
+    def setup(self, stage: str) -> None:
+        """Open the stores, so that what is missing or does not fit is known at once.
+
+        Raises:
+            FileNotFoundError: if a store is missing; names it.
+            ValueError: if a store is empty, or made with another text tokenizer, or the vocabulary is not the
+                text tokenizer's or the token caches'.
+        """
+        import litdata  # noqa: F401  # takes seconds; workers inherit it, and start anew for every evaluation
+
+        self._check_vocabulary()
+        for task in self._of_stage(stage):
+            self._open(task)
+        log.debug("cached codes by tokenizer %s", self.tokenizer_fingerprint)  # refuses caches that don't fit
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the tokenizer that made the cached codes; none where there are no caches.
+
+        Raises:
+            ValueError: if several tokenizers made them, or one with other codebooks than the vocabulary's.
+        """
+        caches = [cache for data in self._data.values() for cache in data.caches]
+        codebooks = {"semantic": self.vocabulary.semantic_codes, "pixel": self.vocabulary.pixel_codes}
+        return check_caches(caches, codebooks)
+
+    def train_dataloader(self) -> PlanLoader:
+        """This device's training batches, from the resumed step to the end of the run."""
+        assert self.trainer is not None and self._phases is not None
+        trainer = self.trainer
+        if trainer.is_global_zero:
+            log.info(self.plan.describe())
+        data = [self._open(task) for task in self.tasks["fit"].values()]
+        reader = PackedConversations(
+            data,
+            self._phases,
+            self.vocabulary,
+            self.text_tokenizer,
+            self.seed,
+            self.condition_dropout,
+            self.release_prompts,
+        )
+        return PlanLoader(
+            reader,
+            PlanBatches(self.plan, *replica(trainer)),
+            finished_steps=lambda: trainer.global_step,
+            fingerprint=self._fingerprint(),
+            **self._options(),
+        )
+
+    def val_dataloader(self) -> list[BatchLoader]:
+        """One loader for each of `val_names`."""
+        return self._evaluation_loaders("validate")
+
+    def test_dataloader(self) -> list[BatchLoader]:
+        """One loader for each of `val_names`."""
+        return self._evaluation_loaders("test")
+
+    def _evaluation_loaders(self, stage: str) -> list[BatchLoader]:
+        loaders = []
+        self.val_names = list(self.tasks[stage])
+        for name, task in self.tasks[stage].items():
+            data = self._open(task)
+            batches = evaluation_batches(
+                self._val_phase,
+                _source(name, data, 1.0),
+                self.vocabulary,
+                self.row_tokens,
+                self.val_rows,
+                self.val_limit,
+                *replica(self.trainer),
+            )
+            reader = PackedConversations([data], [self._val_phase], self.vocabulary, self.text_tokenizer)
+            loaders.append(BatchLoader(reader, batches, 0, **self._options()))
+        return loaders
+
+    def _options(self) -> dict[str, Any]:
+        has_accelerator = self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
+        return {
+            "num_workers": self.num_workers,
+            "prefetch": self.prefetch,
+            "pin_memory": self.pin_memory and has_accelerator,
+        }
+
+    def _of_stage(self, stage: str) -> list[Conversations]:
+        stages = ("fit", "validate") if stage == "fit" else (stage,)
+        return [task for name in stages for task in self.tasks[name].values()]
+
+    def _open(self, task: Conversations) -> ConversationData:
+        if task.path not in self._data:
+            try:
+                store = ConversationStore(task.path)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{error} (`illume prepare conversations` makes stores)") from error
+            if not len(store):
+                raise ValueError(f"{task.path} has no conversations; make it again with `illume prepare`")
+            if store.text_tokenizer != self.text_tokenizer.fingerprint:
+                raise ValueError(
+                    f"{task.path} was prepared with another text tokenizer ({store.text_tokenizer[:12]}) than "
+                    f"{self.text_tokenizer.folder} ({self.text_tokenizer.fingerprint[:12]}): lengths would differ; "
+                    "prepare it again with this one"
+                )
+            caches = [TokenCache(path, store) for path in task.tokens]
+            self._data[task.path] = ConversationData(store, caches)
+        return self._data[task.path]
+
+    def _check_vocabulary(self) -> None:
+        given = self.vocabulary
+        expected = self.text_tokenizer.vocabulary(
+            given.semantic_codes, given.pixel_codes, given.size_step, given.num_sizes
+        )
+        if expected.num_text != given.num_text:
+            raise ValueError(
+                f"the vocabulary has {given.num_text:,} text tokens and {self.text_tokenizer.folder} has "
+                f"{expected.num_text:,}: set vocabulary.num_text to that, or give the model's text tokenizer"
+            )
+
+    def _fingerprint(self) -> str:
+        tasks = [
+            (name, self._open(task).store.manifest.fingerprint, task.weight)
+            for name, task in self.tasks["fit"].items()
+        ]
+        settings = [tasks, self.seed, self.shuffle_window, self.row_tokens, self.condition_dropout]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def _source(name: str, data: ConversationData, weight: float) -> ConversationSource:
+    store = data.store
+    return ConversationSource(
+        name,
+        store.num_text,
+        store.num_supervised,
+        store.first_image,
+        store.images,
+        store.chunk_ids,
+        weight,
+    )

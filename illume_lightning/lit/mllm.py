@@ -1,0 +1,338 @@
+"""The MLLM's stages: what trains, at which rate (paper 3.4, Table 1); the step is the same for all."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from illume_lightning.data.packed_batch import PackedBatch
+from illume_lightning.lit.datamodule import replica
+from illume_lightning.lit.dualvitok import to_float
+from illume_lightning.lit.token_metrics import TokenMetrics
+from illume_lightning.lit.tokenizer import fingerprint, load_tokenizer
+from illume_lightning.lit.training import TrainingModule
+from illume_lightning.nn.dualvitok import DualViTok
+from illume_lightning.nn.linear_cross_entropy import CrossEntropy
+from illume_lightning.nn.mllm import MLLM
+
+log = logging.getLogger(__name__)
+
+
+def default_optimizer(groups: Any) -> torch.optim.Optimizer:
+    """AdamW without weight decay (paper 4.1), betas of the official release."""
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+class MLLMStage(TrainingModule):
+    """What the stages share. A stage names its trained parts and their learning rates; all else is frozen.
+
+    Args:
+        mllm: the model.
+        learning_rates: of trained parts by name; those that are not given are the stage's, of Table 1.
+        optimizer: gets one group with its rate for every trained part.
+        lr_scheduler: stepped once per training step; ``None`` is the paper's constant rate.
+        gradient_clip: largest gradient norm; 0 turns clipping off (official release: 1.0).
+        tokenizer: DualViTok run, checkpoint or published file that makes the codes of images to generate, where
+            no cache has them.
+        z_loss: weight of the squared log-sum-exp, which keeps logits small; 0 turns it off.
+        checkpoint_activations: compute the trunk's activations again in the backward pass instead of keeping them.
+        compile: compile the trunk.
+
+    Raises:
+        ValueError: if a learning rate is given for what this stage does not train.
+    """
+
+    rates: ClassVar[dict[str, float]] = {}
+    """Trained parts and their learning rates."""
+
+    def __init__(
+        self,
+        mllm: MLLM,
+        learning_rates: dict[str, float] | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_clip: float = 1.0,
+        tokenizer: str | None = None,
+        z_loss: float = 0.0,
+        checkpoint_activations: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(gradient_clip)
+        unknown = set(learning_rates or {}) - set(self.rates)
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} does not train {', '.join(sorted(unknown))}; it trains {', '.join(self.rates)}"
+            )
+        self.model = mllm
+        self.learning_rates = {**self.rates, **(learning_rates or {})}
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self.tokenizer_path, self.z_loss = tokenizer, z_loss
+        self._freeze()
+        if checkpoint_activations:
+            mllm.checkpoint_activations()
+        if compile:
+            mllm.trunk.compile()
+        self._metrics: dict[str, TokenMetrics] = {}
+
+    # -- what trains -----------------------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters of every trained part; none stands in two."""
+        raise NotImplementedError
+
+    def _freeze(self) -> None:
+        self.model.requires_grad_(False)
+        for parameters in self.parts().values():
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+        """One optimizer with a group for every trained part."""
+        groups = [
+            {"params": parameters, "lr": self.learning_rates[name], "name": name}
+            for name, parameters in self.parts().items()
+        ]
+        optimizer = self._optimizer(groups)
+        return [optimizer], [] if self._lr_scheduler is None else [self._lr_scheduler(optimizer)]
+
+    def describe(self) -> str:
+        """Table of what trains at which rate, from the optimizer."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        lines = [f"{type(self).__name__}: {total:,} parameters"]
+        trained = 0
+        for group in self.all_optimizers()[0].param_groups:
+            count = sum(parameter.numel() for parameter in group["params"])
+            trained += count
+            lines.append(f"  {group['name']:<16} {count:>15,} parameters  lr {group['lr']:.1e}")
+        lines.append(f"  {'frozen':<16} {total - trained:>15,} parameters")
+        return "\n".join(lines)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the stage."""
+        checkpoint["stage"] = type(self).__name__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another stage or model.
+
+        Raises:
+            ValueError: says which.
+        """
+        found = checkpoint.get("stage", type(self).__name__)
+        if found != type(self).__name__:
+            raise ValueError(
+                f"{self.trainer.ckpt_path} was written by {found} and can't be continued by {type(self).__name__}, "
+                "which trains other parts: hand its weights over with the WarmStart callback instead of --ckpt_path"
+            )
+        super().on_load_checkpoint(checkpoint)
+
+    # -- training --------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Load the tokenizer that makes codes.
+
+        Raises:
+            FileNotFoundError: if there is none at its path.
+            ValueError: if its codebooks are not those of the vocabulary.
+        """
+        if self.tokenizer_path is None or "tokenizer" in self.fixed:
+            return
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        vocabulary = self.model.vocabulary
+        wanted = {"semantic": vocabulary.semantic_codes, "pixel": vocabulary.pixel_codes}
+        found = {name: quantizer.codebook_size for name, quantizer in tokenizer.quantizers.items()}
+        if found != wanted:
+            raise ValueError(
+                f"the tokenizer {self.tokenizer_path} has codebooks of {found} codes, the vocabulary has {wanted}: set "
+                "the vocabulary's semantic_codes and pixel_codes to the tokenizer's"
+            )
+        self.fixed["tokenizer"] = tokenizer
+
+    def on_fit_start(self) -> None:
+        """Print what trains; refuse cached codes of another tokenizer.
+
+        Raises:
+            ValueError: if the codes in the cache come from another tokenizer than the one given.
+        """
+        super().on_fit_start()
+        if self.trainer.is_global_zero:
+            log.info(self.describe())
+        cached = getattr(self.trainer.datamodule, "tokenizer_fingerprint", None)
+        if cached is not None and "tokenizer" in self.fixed:
+            own = fingerprint(self.fixed["tokenizer"])
+            if own != cached:
+                raise ValueError(
+                    f"the cached codes were made by another tokenizer (fingerprint {cached[:12]}) than "
+                    f"{self.tokenizer_path} ({own[:12]}): prepare them again with `illume prepare tokens`"
+                )
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """One micro-batch; the loss of a training step is the mean over all its predicted tokens."""
+        # The optimizer sees the sum over micro-batches and the mean over devices, each divided by their number.
+        shares = self.accumulation * replica(self.trainer)[1]
+        output = self._losses(batch, shares / batch.num_supervised)
+        self.require_finite({"loss": output.loss}, batch)
+        self.log("train/loss", output.token_losses.mean(), prog_bar=True, batch_size=len(batch.index))
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            self._log_tasks(output, batch)
+        self.descend(output.loss)
+
+    def _losses(self, batch: PackedBatch, weight: float) -> CrossEntropy:
+        ids = self.tokenized(batch)
+        return self.model(
+            ids=ids,
+            position_ids=batch.position_ids,
+            document_ids=batch.document_ids,
+            images=[to_float(images) for images in batch.images],
+            semantic_slots=batch.semantic_slots,
+            pixel_slots=batch.pixel_slots,
+            target_positions=batch.target_positions,
+            targets=ids.flatten()[batch.target_positions + 1],
+            weights=torch.full(batch.target_positions.shape, weight, device=ids.device),
+            slot_ids=batch.slot_ids,
+            z_loss=self.z_loss,
+        )
+
+    @torch.no_grad()
+    def tokenized(self, batch: PackedBatch) -> Tensor:
+        """Ids (R, T) with the codes of the images that came without.
+
+        Raises:
+            ValueError: if there are such images and no tokenizer.
+        """
+        if not batch.target_images:
+            return batch.ids
+        if "tokenizer" not in self.fixed:
+            raise ValueError(
+                "there are images to generate without cached codes: set model.tokenizer, or prepare the codes with "
+                "`illume prepare tokens` and name the folder in the task's tokens"
+            )
+        tokenizer: DualViTok = self.fixed["tokenizer"]  # type: ignore[assignment]
+        vocabulary = self.model.vocabulary
+        with torch.autocast(self.device.type, enabled=False):  # the same codes as a cache has
+            codes = [tokenizer.encode(to_float(images)).codes for images in batch.target_images]
+        ids = batch.ids.flatten().clone()
+        for slots, name, start in (
+            (batch.target_semantic_slots, "semantic", vocabulary.semantic_ids.start),
+            (batch.target_pixel_slots, "pixel", vocabulary.pixel_ids.start),
+        ):
+            ids[slots] = torch.cat([getattr(grid, name).flatten() for grid in codes]) + start
+        return ids.view_as(batch.ids)
+
+    def _log_tasks(self, output: CrossEntropy, batch: PackedBatch) -> None:
+        metrics = TokenMetrics().to(self.device)
+        for number, name in enumerate(self.trainer.datamodule.train_names):
+            metrics.reset()
+            chosen = batch.tasks == number
+            metrics.update(
+                output.token_losses[chosen],
+                output.is_correct[chosen],
+                batch.segments[chosen],
+                batch.answers[chosen],
+            )
+            for key, value in metrics.compute().items():
+                self.log(f"train/{name}/{key}", value)
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """New metrics."""
+        super().on_validation_start()
+        self._metrics = {name: TokenMetrics().to(self.device) for name in self.trainer.datamodule.val_names}
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Losses and accuracies of one task's batch."""
+        output = self._losses(batch, 1 / batch.num_supervised)
+        name = self.trainer.datamodule.val_names[dataloader_idx]
+        self._metrics[name].update(output.token_losses, output.is_correct, batch.segments, batch.answers)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/<task>/<segment>_loss``, ``<segment>_accuracy`` and ``answer_accuracy``."""
+        for name, metrics in self._metrics.items():
+            for key, value in metrics.compute().items():
+                self.log(f"val/{name}/{key}", value, rank_zero_only=False)
+
+    on_test_start = on_validation_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    # -- parts by name ---------------------------------------------------------------------------------------
+
+    def _adapters(self) -> list[nn.Parameter]:
+        model = self.model
+        modules = [model.semantic_adapter, model.pixel_adapter, model.slot_embedding]
+        return [parameter for module in modules if module is not None for parameter in module.parameters()]
+
+    def _vision_tables(self) -> list[nn.Parameter]:
+        return _distinct(table.tables[1] for table in (self.model.embedding, self.model.head))
+
+    def _llm(self) -> list[nn.Parameter]:
+        tables = [rows for table in (self.model.embedding, self.model.head) for rows in table.tables]
+        return [*self.model.trunk.parameters(), *_distinct(iter(tables))]
+
+
+class MLLMStage1(MLLMStage):
+    """Visual embedding initialisation: adapters, vision embedding and the head's vision part (paper 3.4)."""
+
+    rates = {"adapters": 1e-3, "vision_tables": 2e-4}
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Adapters, and the vision rows of embedding and head."""
+        return {"adapters": self._adapters(), "vision_tables": self._vision_tables()}
+
+
+class MLLMStage2(MLLMStage):
+    """Unified image-text alignment: adapters and the whole LLM, at 256 and then at 512 pixels (paper 3.4)."""
+
+    rates = {"adapters": 5e-5, "llm": 5e-5}
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Adapters; trunk, embedding and head."""
+        return {"adapters": self._adapters(), "llm": self._llm()}
+
+
+class MLLMStage3(MLLMStage):
+    """Supervised fine-tuning at any resolution: the vision encoder trains too (paper 3.4).
+
+    Args:
+        vit_from_layer: first block of the ViT that trains, with everything behind it (official release: 16 of 32).
+            The pixel encoder's downsampling levels stay frozen (official release).
+        arguments: of MLLMStage.
+    """
+
+    rates = {"adapters": 2e-5, "llm": 2e-5, "vision_tower": 2e-6}
+
+    def __init__(self, mllm: MLLM, vit_from_layer: int = 16, **arguments: Any) -> None:
+        depth = len(mllm.semantic_encoder.blocks)
+        if not 0 <= vit_from_layer <= depth:
+            raise ValueError(
+                f"vit_from_layer is {vit_from_layer}, the ViT has {depth} blocks: choose 0 to {depth}"
+            )
+        self.vit_from_layer = vit_from_layer
+        super().__init__(mllm, **arguments)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Adapters; trunk, embedding and head; the end of the ViT and of the pixel encoder."""
+        return {
+            "adapters": self._adapters(),
+            "llm": self._llm(),
+            "vision_tower": [*self._vit(), *self._pixel_encoder()],
+        }
+
+    def _vit(self) -> Iterator[nn.Parameter]:
+        vit = self.model.semantic_encoder
+        for block in vit.blocks[self.vit_from_layer :]:
+            yield from block.parameters()
+        yield from vit.merger.parameters()
+
+    def _pixel_encoder(self) -> Iterator[nn.Parameter]:
+        for name, parameter in self.model.pixel_encoder.named_parameters():
+            if not name.startswith("down."):
+                yield parameter
+
+
+def _distinct(parameters: Iterator[Any]) -> list[nn.Parameter]:
+    """Each once: tied tables share theirs."""
+    return list({id(parameter): parameter for parameter in parameters}.values())

@@ -39,6 +39,39 @@ emoji: setup ## The same on Fluent Emoji 3D (fetched with npm)
 decoder: demo ## After the demo: train the diffusion decoder on its codes (about 20 minutes on 2 cores)
 	$(BIN)/illume fit -c experiments/shapes/diffusion_decoder.yaml
 
+SHAPES := $(DATA)/shapes
+TEXT := $(SHAPES)/text_tokenizer
+RATIOS := [[112,112],[112,112],[80,112],[112,80],[80,160],[160,80]]
+CONVERSE = $(BIN)/illume prepare shapes-conversations --tokenizer $(TEXT)
+CODES = $(BIN)/illume prepare tokens --tokenizer runs/shapes/dualvitok/seed0
+
+.PHONY: conversations
+conversations: setup ## Prepare the conversations about shapes, and the codes of the pictures they ask for
+	$(BIN)/illume prepare shapes-tokenizer $(TEXT)
+	for task in reconstruction captioning generation understanding editing text; do \
+	  $(CONVERSE) --task $$task --count 6000 --sizes "[[160,160]]" $(SHAPES)/$$task/train && \
+	  $(CONVERSE) --task $$task --count 256 --split val --sizes "[[160,160]]" $(SHAPES)/$$task/val || exit 1; \
+	done
+	for task in generation understanding editing; do \
+	  $(CONVERSE) --task $$task --count 4000 --seed 1 --sizes "$(RATIOS)" $(SHAPES)/$$task/train-ratios && \
+	  $(CONVERSE) --task $$task --count 256 --seed 1 --split val --sizes "$(RATIOS)" $(SHAPES)/$$task/val-ratios || exit 1; \
+	done
+	for task in reconstruction generation editing; do \
+	  $(CODES) --side 112 $(SHAPES)/$$task/train $(SHAPES)/$$task/train-tokens-112 && \
+	  $(CODES) --side 112 $(SHAPES)/$$task/val $(SHAPES)/$$task/val-tokens-112 || exit 1; \
+	done
+	for task in generation editing; do \
+	  $(CODES) --side 160 $(SHAPES)/$$task/train $(SHAPES)/$$task/train-tokens-160 && \
+	  $(CODES) --side 112 --mode multi_ratio $(SHAPES)/$$task/train-ratios $(SHAPES)/$$task/train-ratios-tokens-112 && \
+	  $(CODES) --side 112 --mode multi_ratio $(SHAPES)/$$task/val-ratios $(SHAPES)/$$task/val-ratios-tokens-112 || exit 1; \
+	done
+
+.PHONY: mllm
+mllm: demo conversations ## After the demo: the MLLM's three stages on shapes (about 25 minutes on 2 cores)
+	$(BIN)/illume fit -c experiments/shapes/mllm_stage1.yaml
+	$(BIN)/illume fit -c experiments/shapes/mllm_stage2.yaml
+	$(BIN)/illume fit -c experiments/shapes/mllm_stage3.yaml
+
 .PHONY: test
 test: setup ## Run the tests (under 12 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -54,11 +87,12 @@ check: setup ## Lint, format check and type check
 	$(BIN)/mypy
 
 .PHONY: benchmark
-benchmark: setup ## Measure quantiser, training step, loader and decoder; results go to benchmarks/results
+benchmark: setup ## Measure quantiser, training step, loader, decoder and loss; results go to benchmarks/results
 	$(BIN)/python benchmarks/simvq.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/decoder.py
+	$(BIN)/python benchmarks/linear_cross_entropy.py
 
 .PHONY: clean
 clean: ## Remove the virtual environment and caches; data and runs stay

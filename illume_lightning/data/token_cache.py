@@ -7,7 +7,7 @@ import numpy as np
 
 from illume_lightning.data.conversation_store import ConversationStore
 from illume_lightning.data.schedule import Phase
-from illume_lightning.data.store import ImageStore
+from illume_lightning.data.store import Store
 from illume_lightning.resolution import grids
 
 KIND = "tokens"
@@ -27,7 +27,7 @@ def pack_codes(semantic: np.ndarray, pixel: np.ndarray) -> bytes:
     return b"".join(np.ascontiguousarray(codes, dtype="<i4").tobytes() for codes in (semantic, pixel))
 
 
-class TokenCache:
+class TokenCache(Store):
     """Codes of the target images of a store of conversations, for phases of one size mode.
 
     Args:
@@ -40,8 +40,8 @@ class TokenCache:
     """
 
     def __init__(self, path: str | Path, conversations: ConversationStore) -> None:
-        self.store = ImageStore(path)
-        identity = self.store.manifest.identity
+        super().__init__(path)
+        identity = self.manifest.identity
         if identity["kind"] != KIND:
             raise ValueError(
                 f"{path} holds {identity['kind']}, no codes; make them with `illume prepare tokens`"
@@ -75,8 +75,8 @@ class TokenCache:
         if not self._is_target[place]:
             return None
         number = int(self._number[place])
-        height, width = self.store.sizes[number].tolist()
-        flat = np.frombuffer(self.store.read(number).image, dtype="<i4").astype(np.int64)
+        height, width = self.sizes[number].tolist()
+        flat = np.frombuffer(self._record(number).image, dtype="<i4").astype(np.int64)
         rows, columns = grids(height, width).semantic
         return flat[: rows * columns], flat[rows * columns :]
 
@@ -94,13 +94,13 @@ def check_caches(caches: Sequence[TokenCache], codebooks: dict[str, int]) -> str
     for cache in caches:
         if cache.codebooks != codebooks:
             raise ValueError(
-                f"the codes in {cache.store.path} come from codebooks of {_text(cache.codebooks)} codes, the "
+                f"the codes in {cache.path} come from codebooks of {_text(cache.codebooks)} codes, the "
                 f"vocabulary has {_text(codebooks)}: set semantic_codes and pixel_codes to the tokenizer's, or prepare "
                 "the codes with the right one"
             )
     found = {cache.tokenizer_fingerprint for cache in caches}
     if len(found) > 1:
-        names = ", ".join(f"{cache.store.path}: {cache.tokenizer_fingerprint[:12]}" for cache in caches)
+        names = ", ".join(f"{cache.path}: {cache.tokenizer_fingerprint[:12]}" for cache in caches)
         raise ValueError(f"the caches were made by several tokenizers ({names}); prepare them with one")
     return found.pop() if found else None
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -293,31 +294,72 @@ class MLLMStage2(MLLMStage):
         return {"adapters": self._adapters(), "llm": self._llm()}
 
 
+@dataclass
+class LoRA:
+    """Low-rank adaptation: small matrices beside the trunk's linear layers train instead of the LLM."""
+
+    rank: int = 64
+    """Inner width of the added matrices."""
+
+    alpha: float = 128.0
+    """Their output is multiplied by alpha / rank."""
+
+    dropout: float = 0.0
+    """Of their input in training."""
+
+
 class MLLMStage3(MLLMStage):
     """Supervised fine-tuning at any resolution: the vision encoder trains too (paper 3.4).
 
     Args:
         vit_from_layer: first block of the ViT that trains, with everything behind it (official release: 16 of 32).
             The pixel encoder's downsampling levels stay frozen (official release).
+        lora: train this instead of the LLM; needs peft. Weights are handed over to the plain layers beneath.
         arguments: of MLLMStage.
     """
 
     rates = {"adapters": 2e-5, "llm": 2e-5, "vision_tower": 2e-6}
 
-    def __init__(self, mllm: MLLM, vit_from_layer: int = 16, **arguments: Any) -> None:
+    def __init__(
+        self, mllm: MLLM, vit_from_layer: int = 16, lora: LoRA | None = None, **arguments: Any
+    ) -> None:
         depth = len(mllm.semantic_encoder.blocks)
         if not 0 <= vit_from_layer <= depth:
             raise ValueError(
                 f"vit_from_layer is {vit_from_layer}, the ViT has {depth} blocks: choose 0 to {depth}"
             )
-        self.vit_from_layer = vit_from_layer
+        self.vit_from_layer, self.lora = vit_from_layer, lora
         super().__init__(mllm, **arguments)
 
+    def configure_model(self) -> None:
+        """Put the low-rank matrices in, after an earlier stage's weights are there and before a checkpoint's are.
+
+        Raises:
+            ImportError: if peft is missing.
+        """
+        if self.lora is None or self._lora_parameters():
+            return
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise ImportError("lora needs peft: pip install 'illume-lightning[lora]'") from error
+        config = LoraConfig(
+            r=self.lora.rank,
+            lora_alpha=self.lora.alpha,
+            lora_dropout=self.lora.dropout,
+            target_modules="all-linear",
+        )
+        inject_adapter_in_model(config, self.model.trunk)
+        self._freeze()
+
+    def _lora_parameters(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.model.trunk.named_parameters() if ".lora_" in name]
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Adapters; trunk, embedding and head; the end of the ViT and of the pixel encoder."""
+        """Adapters; trunk, embedding and head, or LoRA; the end of the ViT and of the pixel encoder."""
         return {
             "adapters": self._adapters(),
-            "llm": self._llm(),
+            "llm": self._llm() if self.lora is None else self._lora_parameters(),
             "vision_tower": [*self._vit(), *self._pixel_encoder()],
         }
 

@@ -19,7 +19,7 @@ from illume_lightning.data.worlds.shapes_conversations import (
     prepare_shapes_tokenizer,
 )
 from illume_lightning.lit.conversation_data import ConversationDataModule, Conversations
-from illume_lightning.lit.mllm import MLLMStage, MLLMStage1, MLLMStage2, MLLMStage3
+from illume_lightning.lit.mllm import LoRA, MLLMStage, MLLMStage1, MLLMStage2, MLLMStage3
 from illume_lightning.lit.prepare_tokens import prepare_tokens
 from illume_lightning.lit.token_metrics import TokenMetrics
 from illume_lightning.vocabulary import Vocabulary
@@ -290,6 +290,30 @@ def test_options_of_the_trunk_give_the_same_loss(world, tmp_path):
         results.append(weights(module))
     for key, value in results[0].items():
         torch.testing.assert_close(results[1][key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_lora_trains_small_matrices_instead_of_the_trunk(world, tmp_path):
+    first = build(world)
+    trainer = trainer_for(tmp_path, phases(1))
+    trainer.fit(first, data(world, "generation"))
+    trainer.save_checkpoint(tmp_path / "stage2.ckpt")
+    module = build(world, MLLMStage3, vit_from_layer=1, lora=LoRA(rank=2))
+    start = WarmStart(str(tmp_path / "stage2.ckpt"), {"": "model."})
+    trainer = trainer_for(tmp_path, phases(2), start)
+    trainer.fit(module, data(world, "generation"))
+    trained = dict(module.named_parameters())
+    assert all(p.requires_grad == (".lora_" in name) for name, p in trained.items() if ".trunk." in name)
+    assert not trained["model.embedding.vision"].requires_grad
+    before, after = weights(first), weights(module)
+    name = "model.trunk.layers.0.self_attn.q_proj"
+    assert torch.equal(after[f"{name}.base_layer.weight"], before[f"{name}.weight"])
+    assert after[f"{name}.lora_B.default.weight"].abs().max() > 0
+    trainer.save_checkpoint(tmp_path / "stage3.ckpt")
+    again = build(world, MLLMStage3, vit_from_layer=1, lora=LoRA(rank=2))
+    trainer_for(tmp_path, phases(2)).validate(
+        again, data(world, "generation"), ckpt_path=tmp_path / "stage3.ckpt", verbose=False
+    )
+    assert all(torch.equal(value, after[key]) for key, value in again.state_dict().items())
 
 
 # -- what is refused --

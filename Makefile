@@ -72,6 +72,28 @@ mllm: demo conversations ## After the demo: the MLLM's three stages on shapes (a
 	$(BIN)/illume fit -c experiments/shapes/mllm_stage2.yaml
 	$(BIN)/illume fit -c experiments/shapes/mllm_stage3.yaml
 
+EMOJI := $(DATA)/emoji
+EMOJI_CODES = $(BIN)/illume prepare tokens --tokenizer runs/emoji/dualvitok/seed0
+
+.PHONY: emoji-mllm
+emoji-mllm: emoji ## After emoji: its conversations, and the MLLM's three stages on them
+	$(BIN)/illume prepare emoji-tokenizer $(EMOJI)/text_tokenizer .cache/emoji
+	for task in reconstruction captioning generation understanding editing text; do \
+	  $(BIN)/illume prepare emoji-conversations --tokenizer $(EMOJI)/text_tokenizer --task $$task $(EMOJI)/$$task .cache/emoji || exit 1; \
+	done
+	for task in reconstruction generation editing; do for split in train val; do \
+	  $(EMOJI_CODES) --side 112 $(EMOJI)/$$task/$$split $(EMOJI)/$$task/$$split-tokens-112 || exit 1; \
+	done; done
+	for task in generation editing; do \
+	  $(EMOJI_CODES) --side 160 $(EMOJI)/$$task/train $(EMOJI)/$$task/train-tokens-160 || exit 1; \
+	  for split in train val; do \
+	    $(EMOJI_CODES) --side 112 --mode multi_ratio $(EMOJI)/$$task/$$split $(EMOJI)/$$task/$$split-tokens-112-ratios || exit 1; \
+	  done; \
+	done
+	$(BIN)/illume fit -c experiments/emoji/mllm_stage1.yaml
+	$(BIN)/illume fit -c experiments/emoji/mllm_stage2.yaml
+	$(BIN)/illume fit -c experiments/emoji/mllm_stage3.yaml
+
 .PHONY: test
 test: setup ## Run the tests (under 12 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -27,6 +27,8 @@ Data
                                  the embedded worlds
   prepare shapes-conversations|shapes-tokenizer OUT
                                  every task of the MLLM about shapes, and a text tokenizer for them
+  prepare emoji-conversations|emoji-tokenizer OUT PACKAGES
+                                 the same about emoji
   prepare latents|tokens STORE OUT TOKENIZER
                                  what a trained DualViTok makes of a store, for the diffusion decoder or the MLLM
 
@@ -150,6 +152,10 @@ def _prepare(rest: list[str]) -> None:
     from illume_lightning.data.prepare import prepare_images
     from illume_lightning.data.prepare_conversations import prepare_conversations
     from illume_lightning.data.worlds.emoji import prepare_emoji
+    from illume_lightning.data.worlds.emoji_conversations import (
+        prepare_emoji_conversations,
+        prepare_emoji_tokenizer,
+    )
     from illume_lightning.data.worlds.photographs import prepare_photographs
     from illume_lightning.data.worlds.shapes import prepare_shapes
     from illume_lightning.data.worlds.shapes_conversations import (
@@ -167,6 +173,8 @@ def _prepare(rest: list[str]) -> None:
         "emoji": prepare_emoji,
         "shapes-conversations": prepare_shapes_conversations,
         "shapes-tokenizer": prepare_shapes_tokenizer,
+        "emoji-conversations": prepare_emoji_conversations,
+        "emoji-tokenizer": prepare_emoji_tokenizer,
         "latents": prepare_latents,
         "tokens": prepare_tokens,
     }

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 
@@ -17,6 +17,7 @@ from illume_lightning.data.schedule import Phase, SizeMode
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.token_cache import TokenCache, check_caches
 from illume_lightning.lit.datamodule import replica
+from illume_lightning.lit.mllm import MLLMStage
 from illume_lightning.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class ConversationDataModule(L.LightningDataModule):
 
     Args:
         text_tokenizer: folder with `tokenizer.json`.
-        vocabulary: of the model.
+        vocabulary: of the model; by default that of the module which the trainer runs.
         train: stores to train on by task, the name of which is logged.
         val: held-out stores by task.
         test: stores to test on, as `val`.
@@ -70,7 +71,7 @@ class ConversationDataModule(L.LightningDataModule):
     def __init__(
         self,
         text_tokenizer: str,
-        vocabulary: Vocabulary,
+        vocabulary: Vocabulary | None = None,
         train: dict[str, Conversations] | None = None,
         val: dict[str, Conversations] | None = None,
         test: dict[str, Conversations] | None = None,
@@ -93,7 +94,7 @@ class ConversationDataModule(L.LightningDataModule):
         for name, value in (("row_tokens", row_tokens), ("val_limit", val_limit), ("val_rows", val_rows)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} is not positive")
-        self.text_tokenizer, self.vocabulary = TextTokenizer(text_tokenizer), vocabulary
+        self.text_tokenizer, self._vocabulary = TextTokenizer(text_tokenizer), vocabulary
         self.tasks = {"fit": dict(train or {}), "validate": dict(val or {}), "test": dict(test or {})}
         self.val_names: list[str] = []
         """Tasks of the evaluation loaders made last, in order."""
@@ -107,6 +108,14 @@ class ConversationDataModule(L.LightningDataModule):
         self._phases: tuple[Phase, ...] | None = None
         self._plan: PackPlan | None = None
         self._data: dict[str, ConversationData] = {}
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of the model."""
+        if self._vocabulary is None:
+            assert self.trainer is not None
+            self._vocabulary = cast(MLLMStage, self.trainer.lightning_module).model.vocabulary
+        return self._vocabulary
 
     @property
     def train_names(self) -> list[str]:

@@ -301,7 +301,7 @@ class LoRA:
     rank: int = 64
     """Inner width of the added matrices."""
 
-    alpha: float = 128.0
+    alpha: int = 128
     """Their output is multiplied by alpha / rank."""
 
     dropout: float = 0.0

@@ -56,11 +56,14 @@ def prepare_latents(
     from illume_lightning.data.latents import KIND
     from illume_lightning.data.schedule import Phase
     from illume_lightning.data.writer import write_stores
+    from illume_lightning.host_memory import keep_freed_memory
     from illume_lightning.lit.latent_cache import LatentEncoder, LatentPart
     from illume_lightning.lit.tokenizer import fingerprint, load_tokenizer
     from illume_lightning.nn.latents import SpaceToDepth, VAELatents
     from illume_lightning.resolution import PIXEL_STRIDE
 
+    if device == "cpu":
+        keep_freed_memory()
     pictures = ImageStore(store)
     latents = VAELatents(vae) if vae is not None else SpaceToDepth(space_to_depth or 1)
     encoder = LatentEncoder(load_tokenizer(tokenizer).to(device), latents.to(device), device)

@@ -54,6 +54,7 @@ def prepare_tokens(
     from illume_lightning.data.schedule import Phase, Schedule
     from illume_lightning.data.token_cache import KIND, generation_phase
     from illume_lightning.data.writer import write_stores
+    from illume_lightning.host_memory import keep_freed_memory
     from illume_lightning.lit.token_encoder import TokenEncoder, TokenPart
 
     (phase,) = Schedule([Phase(1, mode, side, 1, 1, size_step)]).phases
@@ -61,6 +62,8 @@ def prepare_tokens(
     conversations = ConversationStore(store)
     if not conversations.images[:, 0].any():
         raise ValueError(f"no conversation of {store} generates an image; there is nothing to tokenise")
+    if device == "cpu":
+        keep_freed_memory()
     encoder = TokenEncoder(tokenizer, device)
     identity = {
         "kind": KIND, "source": conversations.manifest.fingerprint, "mode": phase.mode, "side": phase.side,

@@ -329,12 +329,12 @@ def test_what_does_not_fit_together(world, tmp_path):
     with pytest.raises(ValueError, match="leaves nothing of generation: it needs at least .* tokens"):
         trainer_for(tmp_path, run).fit(build(world), short)
     wrong = data(world, "generation")
-    wrong.vocabulary = TextTokenizer(world / "text_tokenizer").vocabulary(64, 256, size_step=16)
+    wrong._vocabulary = TextTokenizer(world / "text_tokenizer").vocabulary(64, 256, size_step=16)
     with pytest.raises(
         ValueError, match="come from codebooks of 96 pixel and 64 semantic codes, the vocabulary has 256"
     ):
         wrong.setup("fit")
-    wrong.vocabulary = Vocabulary(num_text=300, semantic_codes=64, pixel_codes=96, size_step=16)
+    wrong._vocabulary = Vocabulary(num_text=300, semantic_codes=64, pixel_codes=96, size_step=16)
     with pytest.raises(ValueError, match="the vocabulary has 300 text tokens and .*text_tokenizer has"):
         wrong.setup("fit")
     other = write_tokenizer(tmp_path / "other", seed=1)

@@ -28,11 +28,15 @@ from illume_lightning.data.writer import write_stores
 log = logging.getLogger(__name__)
 
 PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "emojibase-data@17.0.0")
+NAMES = "node_modules/emojibase-data/en/data.json"
+"""Names, tags and groups, below the folder of the packages."""
+
+PERSONS = frozenset(["man", "men", "woman", "women", "person", "people", "and"])
+"""Words of a name that say who it is."""
+
 _PICTURES = "node_modules/@lobehub/fluent-emoji-3d/assets"
-_NAMES = "node_modules/emojibase-data/en/data.json"
 _FLAGS = 9  # emojibase's number of the group; their pictures are not Microsoft's
 _PART_ITEMS = 512
-_PERSONS = frozenset(["man", "men", "woman", "women", "person", "people", "and"])
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def prepare_emoji(
     if not 0 < holdout < 1:
         raise ValueError(f"holdout is {holdout}; it is a share, above 0 and below 1")
     root = Path(package_dir)
-    if fetch and not ((root / _NAMES).is_file() and (root / _PICTURES).is_dir()):
+    if fetch and not ((root / NAMES).is_file() and (root / _PICTURES).is_dir()):
         fetch_emoji(root)
     emojis = list_emoji(root)
     return write_stores(
@@ -139,18 +143,18 @@ def list_emoji(package_dir: str | Path) -> list[Emoji]:
         FileNotFoundError: If the packages are not there.
     """
     root = Path(package_dir)
-    if not ((root / _NAMES).is_file() and (root / _PICTURES).is_dir()):
+    if not ((root / NAMES).is_file() and (root / _PICTURES).is_dir()):
         raise FileNotFoundError(
-            f"{root} has no {_NAMES} or no {_PICTURES}; fetch them: "
+            f"{root} has no {NAMES} or no {_PICTURES}; fetch them: "
             f"npm install --ignore-scripts --prefix {root} {' '.join(PACKAGES)}"
         )
-    pictures = {_code(path.stem) for path in (root / _PICTURES).glob("*.webp")}
+    pictures = picture_paths(root)
     found = []
-    for entry in json.loads((root / _NAMES).read_text()):
+    for entry in json.loads((root / NAMES).read_text()):
         if entry.get("group") == _FLAGS:
             continue
         for variant in (entry, *entry.get("skins", ())):
-            code = _code(variant["hexcode"])
+            code = normal_code(variant["hexcode"])
             if code in pictures:
                 tone = variant.get("tone", ())
                 tones = (tone,) if isinstance(tone, int) else tuple(tone)
@@ -159,10 +163,25 @@ def list_emoji(package_dir: str | Path) -> list[Emoji]:
     return sorted(found, key=lambda emoji: emoji.code)
 
 
+def picture_paths(package_dir: str | Path) -> dict[str, Path]:
+    """The pictures' files by code."""
+    return {normal_code(path.stem): path for path in (Path(package_dir) / _PICTURES).glob("*.webp")}
+
+
+def split_of(emoji: Emoji, holdout: float) -> str:
+    """The split of an emoji, "train" or "val": one for all with the same base name.
+
+    Args:
+        emoji: Any.
+        holdout: Share of the base names that goes to "val".
+    """
+    return "val" if stable_hash(emoji.base) < holdout * 2**64 else "train"
+
+
 def base_label(label: str) -> str:
     """A name without gender and direction: "woman running: facing right" becomes "running"."""
     words = re.split(r"[\s,:]+", label.lower().replace("facing right", ""))
-    return " ".join(word for word in words if word and word not in _PERSONS) or "person"
+    return " ".join(word for word in words if word and word not in PERSONS) or "person"
 
 
 @dataclass(frozen=True)
@@ -181,9 +200,9 @@ class EmojiPart:
 
     def read(self) -> Iterator[Sample | Lost]:
         """Put each emoji on its background."""
-        paths = {_code(path.stem): path for path in (self.package_dir / _PICTURES).glob("*.webp")}
+        paths = picture_paths(self.package_dir)
         for emoji in self.emojis:
-            split = "val" if _hash(emoji.base) < self.holdout * 2**64 else "train"
+            split = split_of(emoji, self.holdout)
             pixels = composite(paths[emoji.code].read_bytes(), self.background(emoji))
             height, width, _ = pixels.shape
             meta = json.dumps(asdict(emoji))
@@ -194,7 +213,7 @@ class EmojiPart:
 
         One for all that look alike, so that two of them differ in what their names say and in nothing else.
         """
-        key = np.array([self.seed, _hash(emoji.base)], np.uint64)
+        key = np.array([self.seed, stable_hash(emoji.base)], np.uint64)
         random = np.random.Generator(np.random.Philox(key=key))
         red, green, blue = random.integers(0, 256, 3).tolist()
         return red, green, blue
@@ -216,11 +235,11 @@ def composite(data: bytes, background: tuple[int, int, int]) -> np.ndarray:
     return np.asarray(Image.alpha_composite(canvas, layer).convert("RGB"))
 
 
-def _code(text: str) -> str:
+def normal_code(text: str) -> str:
     """Code points in the form that both packages share."""
     return text.lower().replace("-fe0f", "")
 
 
-def _hash(text: str) -> int:
+def stable_hash(text: str) -> int:
     """A number from 0 to 2^64 - 1, the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

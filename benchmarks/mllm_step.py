@@ -4,7 +4,7 @@
 
 Steps of 32 conversations of the shapes world (`make conversations`), bf16, with the model of
 experiments/shapes/mllm_stage2.yaml and with a trunk of about 100 M parameters in it. Packed: several conversations in
-a row of up to 384 tokens. Padded: every conversation in a row of its own, as long as the longest. Both see the same
+a row of up to 512 tokens. Padded: every conversation in a row of its own, as long as the longest. Both see the same
 conversations and give the same loss.
 """
 
@@ -38,7 +38,7 @@ TRUNKS = {
     "100M": {"width": 768, "depth": 12, "num_heads": 12, "num_kv_heads": 4, "mlp_width": 2432},
 }
 TASKS = {"text": 0.05, "captioning": 0.1, "understanding": 0.25, "generation": 0.4, "editing": 0.2}
-ROW_TOKENS = 384
+ROW_TOKENS = 512
 
 
 def build(trunk: dict[str, int], vocabulary: Vocabulary) -> MLLM:

@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from illume_lightning.data.schedule import Phase, Schedule
-from illume_lightning.lit.datamodule import replica
+from illume_lightning.lit.planned_data import replica
 
 
 class ResolutionCurriculum(L.Callback):

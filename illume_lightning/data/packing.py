@@ -248,9 +248,10 @@ def image_size(phase: Phase, is_generation: bool, height: int, width: int) -> Si
 
 
 def pack(lengths: Sequence[int], capacity: int, multiple: int = 1) -> list[list[int]]:
-    """Put samples into as few rows as their sum needs, all about equally long.
+    """Put samples into rows that are all about equally long, so that little padding is needed.
 
-    The longest sample goes first, always into the emptiest row; if one does not fit, there is another row.
+    The longest sample goes first, always into the emptiest row. Of the numbers of rows from the fewest that hold
+    all samples to a third more, the one with the smallest padded area is taken.
 
     Args:
         lengths: of n samples, each at most `capacity`.
@@ -259,14 +260,29 @@ def pack(lengths: Sequence[int], capacity: int, multiple: int = 1) -> list[list[
 
     Returns:
         Numbers of samples by row, longest row first; no row is empty.
+
+    Raises:
+        ValueError: if n is no multiple of `multiple` and single samples don't come out even either.
     """
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     num_rows = -(-max(1, math.ceil(sum(lengths) / capacity)) // multiple) * multiple
-    while True:
+    best: list[list[int]] = []
+    best_area, most = 0, len(lengths)
+    while num_rows <= most:
         rows = _emptiest_first(order, lengths, capacity, num_rows)
         if rows is not None:
-            return rows
+            area = num_rows * sum(lengths[number] for number in rows[0])
+            if not best:
+                most = min(most, num_rows + max(multiple, num_rows // 3))
+            if not best or area < best_area:
+                best, best_area = rows, area
         num_rows += multiple
+    if not best:
+        raise ValueError(
+            f"{len(lengths)} conversations can't fill a multiple of {multiple} rows of {capacity:,} tokens: give a number "
+            f"of them (val_limit) that is a multiple of {multiple}, or raise row_tokens"
+        )
+    return best
 
 
 def _emptiest_first(

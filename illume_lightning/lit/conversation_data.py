@@ -5,19 +5,17 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
-
-import lightning as L
+from typing import cast
 
 from illume_lightning.data.conversation_store import ConversationStore
-from illume_lightning.data.loader import BatchLoader, PlanBatches, PlanLoader
+from illume_lightning.data.loader import BatchLoader
 from illume_lightning.data.packed_batch import ConversationData, PackedConversations
 from illume_lightning.data.packing import ConversationSource, PackPlan, evaluation_batches
 from illume_lightning.data.schedule import Phase, SizeMode
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.token_cache import TokenCache, check_caches
-from illume_lightning.lit.datamodule import replica
 from illume_lightning.lit.mllm import MLLMStage
+from illume_lightning.lit.planned_data import PlannedDataModule, replica
 from illume_lightning.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -38,7 +36,7 @@ class Conversations:
     phase, its target images are tokenised as they come."""
 
 
-class ConversationDataModule(L.LightningDataModule):
+class ConversationDataModule(PlannedDataModule):
     """Training batches in the order of a plan, and held-out conversations of every task.
 
     The phases of training (sizes, batch sizes) come from the `ResolutionCurriculum` callback; `batch_size` counts
@@ -88,7 +86,7 @@ class ConversationDataModule(L.LightningDataModule):
         shuffle_window: int = 4096,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(num_workers, prefetch, pin_memory, shuffle_window, seed)
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"condition_dropout {condition_dropout} is no probability; choose 0 to 1")
         for name, value in (("row_tokens", row_tokens), ("val_limit", val_limit), ("val_rows", val_rows)):
@@ -96,17 +94,10 @@ class ConversationDataModule(L.LightningDataModule):
                 raise ValueError(f"{name} {value} is not positive")
         self.text_tokenizer, self._vocabulary = TextTokenizer(text_tokenizer), vocabulary
         self.tasks = {"fit": dict(train or {}), "validate": dict(val or {}), "test": dict(test or {})}
-        self.val_names: list[str] = []
-        """Tasks of the evaluation loaders made last, in order."""
         self.row_tokens = row_tokens
         self.condition_dropout, self.release_prompts = condition_dropout, release_prompts
         self._val_phase = Phase(1, val_mode, val_side, 1, 1)
         self.val_limit, self.val_rows = val_limit, val_rows
-        self.shuffle_window, self.seed = shuffle_window, seed
-        self.num_workers, self.prefetch = num_workers, prefetch
-        self.pin_memory = pin_memory
-        self._phases: tuple[Phase, ...] | None = None
-        self._plan: PackPlan | None = None
         self._data: dict[str, ConversationData] = {}
 
     @property
@@ -122,32 +113,12 @@ class ConversationDataModule(L.LightningDataModule):
         """Tasks of training, in the order of their numbers in batches."""
         return list(self.tasks["fit"])
 
-    @property
-    def plan(self) -> PackPlan:
-        """The plan of the run.
+    def _has_training_data(self) -> bool:
+        return bool(self.tasks["fit"])
 
-        Raises:
-            ValueError: if there are no phases or no training data.
-        """
-        if self._plan is None:
-            if self._phases is None:
-                raise ValueError(
-                    "there are no phases to train by; add the ResolutionCurriculum callback to the trainer"
-                )
-            if not self.tasks["fit"]:
-                raise ValueError("there are no training data; list stores under `train`")
-            sources = [
-                _source(name, self._open(task), task.weight) for name, task in self.tasks["fit"].items()
-            ]
-            self._plan = PackPlan(
-                self._phases, sources, self.vocabulary, self.row_tokens, self.seed, self.shuffle_window
-            )
-        return self._plan
-
-    def set_curriculum(self, phases: Sequence[Phase]) -> None:
-        """Set the phases of training; the ResolutionCurriculum callback does."""
-        self._phases = tuple(phases)
-        self._plan = None
+    def _make_plan(self, phases: Sequence[Phase]) -> PackPlan:
+        sources = [_source(name, self._open(task), task.weight) for name, task in self.tasks["fit"].items()]
+        return PackPlan(phases, sources, self.vocabulary, self.row_tokens, self.seed, self.shuffle_window)
 
     def setup(self, stage: str) -> None:
         """Open the stores, so that what is missing or does not fit is known at once.
@@ -175,15 +146,10 @@ class ConversationDataModule(L.LightningDataModule):
         codebooks = {"semantic": self.vocabulary.semantic_codes, "pixel": self.vocabulary.pixel_codes}
         return check_caches(caches, codebooks)
 
-    def train_dataloader(self) -> PlanLoader:
-        """This device's training batches, from the resumed step to the end of the run."""
-        assert self.trainer is not None and self._phases is not None
-        trainer = self.trainer
-        if trainer.is_global_zero:
-            log.info(self.plan.describe())
-        data = [self._open(task) for task in self.tasks["fit"].values()]
-        reader = PackedConversations(
-            data,
+    def _training_reader(self) -> PackedConversations:
+        assert self._phases is not None
+        return PackedConversations(
+            [self._open(task) for task in self.tasks["fit"].values()],
             self._phases,
             self.vocabulary,
             self.text_tokenizer,
@@ -191,21 +157,6 @@ class ConversationDataModule(L.LightningDataModule):
             self.condition_dropout,
             self.release_prompts,
         )
-        return PlanLoader(
-            reader,
-            PlanBatches(self.plan, *replica(trainer)),
-            finished_steps=lambda: trainer.global_step,
-            fingerprint=self._fingerprint(),
-            **self._options(),
-        )
-
-    def val_dataloader(self) -> list[BatchLoader]:
-        """One loader for each of `val_names`."""
-        return self._evaluation_loaders("validate")
-
-    def test_dataloader(self) -> list[BatchLoader]:
-        """One loader for each of `val_names`."""
-        return self._evaluation_loaders("test")
 
     def _evaluation_loaders(self, stage: str) -> list[BatchLoader]:
         loaders = []
@@ -224,14 +175,6 @@ class ConversationDataModule(L.LightningDataModule):
             reader = PackedConversations([data], [self._val_phase], self.vocabulary, self.text_tokenizer)
             loaders.append(BatchLoader(reader, batches, 0, **self._options()))
         return loaders
-
-    def _options(self) -> dict[str, Any]:
-        has_accelerator = self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
-        return {
-            "num_workers": self.num_workers,
-            "prefetch": self.prefetch,
-            "pin_memory": self.pin_memory and has_accelerator,
-        }
 
     def _of_stage(self, stage: str) -> list[Conversations]:
         stages = ("fit", "validate") if stage == "fit" else (stage,)

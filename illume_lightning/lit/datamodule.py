@@ -6,17 +6,13 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import lightning as L
 from torch import Tensor
 
 from illume_lightning.data.latents import PlannedLatents, tokenizer_of
 from illume_lightning.data.loader import (
     BatchLoader,
     ImageBatch,
-    PlanBatches,
-    PlanLoader,
     PlannedImages,
     TargetSize,
     batch_shape,
@@ -25,9 +21,10 @@ from illume_lightning.data.loader import (
 )
 from illume_lightning.data.plan import DatasetSource, Phase, Plan
 from illume_lightning.data.store import ImageStore
+from illume_lightning.lit.planned_data import PlannedDataModule, replica
 from illume_lightning.resolution import PIXEL_STRIDE, check_size
 
-__all__ = ["ImageBatch", "ImageDataModule", "Source", "replica"]
+__all__ = ["ImageBatch", "ImageDataModule", "Source"]
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +40,8 @@ class Source:
     """Share of the training samples, relative to the other sources' weights, whatever the stores' sizes."""
 
 
-class ImageDataModule(L.LightningDataModule):
-    """Training batches in the order of a plan, and validation batches at several sizes.
+class ImageDataModule(PlannedDataModule):
+    """Training batches in the order of a plan, and validation batches at several sizes, such as "imagenet-any512".
 
     The phases of training (sizes, batch sizes) come from the `ResolutionCurriculum` callback.
 
@@ -90,7 +87,7 @@ class ImageDataModule(L.LightningDataModule):
         shuffle_window: int = 4096,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(num_workers, prefetch, pin_memory, shuffle_window, seed)
         if not 0 <= horizontal_flip <= 1:
             raise ValueError(f"horizontal_flip {horizontal_flip} is no probability; choose 0 to 1")
         for name, value in (("val_batch_size", val_batch_size), ("val_limit", val_limit)):
@@ -98,8 +95,6 @@ class ImageDataModule(L.LightningDataModule):
                 raise ValueError(f"{name} {value} is not positive")
         self.train_sources = list(train or [])
         self.paths = {"validate": dict(val or {}), "test": dict(test or {}), "predict": dict(predict or {})}
-        self.val_names: list[str] = []
-        """Names of the evaluation loaders made last, in order: "imagenet-256", "imagenet-any512"."""
         if val_sizes is None and val_any_resolution is None and val_ratios is None:
             val_sizes = [256]
         for side in val_sizes or []:
@@ -111,39 +106,18 @@ class ImageDataModule(L.LightningDataModule):
             self._val_targets.append(TargetSize("any_resolution", val_any_resolution))
         self.val_batch_size, self.val_limit = val_batch_size, val_limit
         self.horizontal_flip = horizontal_flip
-        self.shuffle_window, self.seed = shuffle_window, seed
-        self.num_workers, self.prefetch = num_workers, prefetch
-        self.pin_memory = pin_memory
-        self._phases: tuple[Phase, ...] | None = None
-        self._plan: Plan | None = None
         self._stores: dict[str, ImageStore] = {}
 
-    @property
-    def plan(self) -> Plan:
-        """The plan of the run.
+    def _has_training_data(self) -> bool:
+        return bool(self.train_sources)
 
-        Raises:
-            ValueError: if there are no phases or no training data.
-        """
-        if self._plan is None:
-            if self._phases is None:
-                raise ValueError(
-                    "there are no phases to train by; add the ResolutionCurriculum callback to the trainer"
-                )
-            if not self.train_sources:
-                raise ValueError("there are no training data; list stores under `train`")
-            datasets = [
-                DatasetSource(source.path, store.sizes, store.chunk_ids, source.weight)
-                for source, store in zip(self.train_sources, self._train_stores(), strict=True)
-            ]
-            can_resize = self.tokenizer_fingerprint is None
-            self._plan = Plan(self._phases, datasets, self.seed, self.shuffle_window, can_resize)
-        return self._plan
-
-    def set_curriculum(self, phases: Sequence[Phase]) -> None:
-        """Set the phases of training; the ResolutionCurriculum callback does."""
-        self._phases = tuple(phases)
-        self._plan = None
+    def _make_plan(self, phases: Sequence[Phase]) -> Plan:
+        datasets = [
+            DatasetSource(source.path, store.sizes, store.chunk_ids, source.weight)
+            for source, store in zip(self.train_sources, self._train_stores(), strict=True)
+        ]
+        can_resize = self.tokenizer_fingerprint is None
+        return Plan(phases, datasets, self.seed, self.shuffle_window, can_resize)
 
     def setup(self, stage: str) -> None:
         """Open the stores, so that what is missing is known at once.
@@ -158,32 +132,6 @@ class ImageDataModule(L.LightningDataModule):
             self._training_reader()
         for path in self.paths["validate" if stage == "fit" else stage].values():
             self._store(path)
-
-    def train_dataloader(self) -> PlanLoader:
-        """This device's training batches, from the resumed step to the end of the run."""
-        assert self.trainer is not None
-        trainer = self.trainer
-        if trainer.is_global_zero:
-            log.info(self.plan.describe())
-        return PlanLoader(
-            self._training_reader(),
-            PlanBatches(self.plan, *replica(trainer)),
-            finished_steps=lambda: trainer.global_step,
-            fingerprint=self._fingerprint(),
-            **self._options(),
-        )
-
-    def val_dataloader(self) -> list[BatchLoader]:
-        """One loader for each of `val_names`."""
-        return self._evaluation_loaders("validate")
-
-    def test_dataloader(self) -> list[BatchLoader]:
-        """One loader for each of `val_names`."""
-        return self._evaluation_loaders("test")
-
-    def predict_dataloader(self) -> list[BatchLoader]:
-        """One loader for each of `val_names`."""
-        return self._evaluation_loaders("predict")
 
     def sample_images(self, num_batches: int) -> Iterator[Tensor]:
         """Training images from the present step on, one micro-batch of each step; training will see them too.
@@ -231,14 +179,6 @@ class ImageDataModule(L.LightningDataModule):
                 self.val_names.append(f"{name}-{target.name}")
         return loaders
 
-    def _options(self) -> dict[str, Any]:
-        has_accelerator = self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
-        return {
-            "num_workers": self.num_workers,
-            "prefetch": self.prefetch,
-            "pin_memory": self.pin_memory and has_accelerator,
-        }
-
     def _train_stores(self) -> list[ImageStore]:
         return [self._store(source.path) for source in self.train_sources]
 
@@ -259,9 +199,3 @@ class ImageDataModule(L.LightningDataModule):
             for store, source in zip(self._train_stores(), self.train_sources, strict=True)
         ]
         return hashlib.sha256(json.dumps([stores, self.seed, self.shuffle_window]).encode()).hexdigest()
-
-
-def replica(trainer: L.Trainer | None) -> tuple[int, int]:
-    """Number of this device among those that read different data, and how many there are."""
-    sampler = None if trainer is None else trainer.distributed_sampler_kwargs
-    return (0, 1) if sampler is None else (sampler["rank"], sampler["num_replicas"])

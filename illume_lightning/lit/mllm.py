@@ -10,8 +10,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from illume_lightning.data.packed_batch import PackedBatch
-from illume_lightning.lit.datamodule import replica
 from illume_lightning.lit.dualvitok import to_float
+from illume_lightning.lit.planned_data import replica
 from illume_lightning.lit.token_metrics import TokenMetrics
 from illume_lightning.lit.tokenizer import fingerprint, load_tokenizer
 from illume_lightning.lit.training import TrainingModule

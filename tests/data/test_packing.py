@@ -55,7 +55,7 @@ def test_rows_are_about_equal_and_few():
     draw = random.Random(1)
     lengths = [draw.randrange(20, 120) for _ in range(200)]
     filled = [sum(lengths[number] for number in row) for row in pack(lengths, 512)]
-    assert len(filled) <= 1 + -(-sum(lengths) // 512)
+    assert len(filled) <= 4 / 3 * -(-sum(lengths) // 512)
     assert 1 - sum(filled) / (len(filled) * max(filled)) < 0.01
 
 
@@ -139,6 +139,12 @@ def test_a_row_shorter_than_any_image():
     with pytest.raises(ValueError, match=f"leaves nothing of pictures: it needs at least {length} tokens"):
         PackPlan([Phase(1, "fixed", 64, 1, 1)], [images], VOCABULARY, row_tokens=length - 1)
     PackPlan([Phase(1, "fixed", 64, 1, 1)], [images], VOCABULARY, row_tokens=length)
+
+
+def test_what_cannot_come_out_even():
+    assert pack([60] * 4, 100, 2) == [[0], [1], [2], [3]]
+    with pytest.raises(ValueError, match="5 conversations can't fill a multiple of 2 rows of 100 tokens"):
+        pack([60] * 5, 100, 2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -1,0 +1,117 @@
+"""What the datamodules share: phases from the curriculum, and loaders that read what a plan names."""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+
+from illume_lightning.data.loader import BatchLoader, PlanBatches, PlanLoader, Reader, StepPlan
+from illume_lightning.data.schedule import Phase
+
+log = logging.getLogger(__name__)
+
+
+class PlannedDataModule(L.LightningDataModule):
+    """Training batches in the order of a plan, and one evaluation loader for each of `val_names`.
+
+    The phases of training (sizes, batch sizes) come from the `ResolutionCurriculum` callback.
+
+    Args:
+        num_workers: processes that read, per device; 0 reads in the training process.
+        prefetch: batches that each worker reads ahead.
+        pin_memory: page-locked batches, where there is an accelerator.
+        shuffle_window: samples of a store among which the order is fully random, see `Plan`.
+        seed: of the order and the augmentation.
+    """
+
+    def __init__(
+        self, num_workers: int, prefetch: int, pin_memory: bool, shuffle_window: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
+        self.shuffle_window, self.seed = shuffle_window, seed
+        self.val_names: list[str] = []
+        """Names of the evaluation loaders made last, in order."""
+        self._phases: tuple[Phase, ...] | None = None
+        self._plan: Any = None
+
+    def set_curriculum(self, phases: Sequence[Phase]) -> None:
+        """Set the phases of training; the ResolutionCurriculum callback does."""
+        self._phases = tuple(phases)
+        self._plan = None
+
+    @property
+    def plan(self) -> Any:
+        """The plan of the run.
+
+        Raises:
+            ValueError: if there are no phases or no training data.
+        """
+        if self._plan is None:
+            if self._phases is None:
+                raise ValueError(
+                    "there are no phases to train by; add the ResolutionCurriculum callback to the trainer"
+                )
+            if not self._has_training_data():
+                raise ValueError("there are no training data; list stores under `train`")
+            self._plan = self._make_plan(self._phases)
+        return self._plan
+
+    def train_dataloader(self) -> PlanLoader:
+        """This device's training batches, from the resumed step to the end of the run."""
+        assert self.trainer is not None
+        trainer = self.trainer
+        if trainer.is_global_zero:
+            log.info(self.plan.describe())
+        return PlanLoader(
+            self._training_reader(),
+            PlanBatches(self.plan, *replica(trainer)),
+            finished_steps=lambda: trainer.global_step,
+            fingerprint=self._fingerprint(),
+            **self._options(),
+        )
+
+    def val_dataloader(self) -> list[BatchLoader]:
+        """One loader for each of `val_names`."""
+        return self._evaluation_loaders("validate")
+
+    def test_dataloader(self) -> list[BatchLoader]:
+        """One loader for each of `val_names`."""
+        return self._evaluation_loaders("test")
+
+    def predict_dataloader(self) -> list[BatchLoader]:
+        """One loader for each of `val_names`."""
+        return self._evaluation_loaders("predict")
+
+    @abstractmethod
+    def _has_training_data(self) -> bool: ...
+
+    @abstractmethod
+    def _make_plan(self, phases: Sequence[Phase]) -> StepPlan: ...
+
+    @abstractmethod
+    def _training_reader(self) -> Reader: ...
+
+    @abstractmethod
+    def _evaluation_loaders(self, stage: str) -> list[BatchLoader]: ...
+
+    @abstractmethod
+    def _fingerprint(self) -> str:
+        """Of what decides which samples are read, and how."""
+
+    def _options(self) -> dict[str, Any]:
+        """Of every loader."""
+        has_accelerator = self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
+        return {
+            "num_workers": self.num_workers,
+            "prefetch": self.prefetch,
+            "pin_memory": self.pin_memory and has_accelerator,
+        }
+
+
+def replica(trainer: L.Trainer | None) -> tuple[int, int]:
+    """Number of this device among those that read different data, and how many there are."""
+    sampler = None if trainer is None else trainer.distributed_sampler_kwargs
+    return (0, 1) if sampler is None else (sampler["rank"], sampler["num_replicas"])

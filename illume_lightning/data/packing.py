@@ -279,8 +279,8 @@ def pack(lengths: Sequence[int], capacity: int, multiple: int = 1) -> list[list[
         num_rows += multiple
     if not best:
         raise ValueError(
-            f"{len(lengths)} conversations can't fill a multiple of {multiple} rows of {capacity:,} tokens: give a number "
-            f"of them (val_limit) that is a multiple of {multiple}, or raise row_tokens"
+            f"{len(lengths)} conversations can't fill a multiple of {multiple} rows of {capacity:,} tokens: give a "
+            f"number of them (val_limit) that is a multiple of {multiple}, or raise row_tokens"
         )
     return best
 

@@ -55,7 +55,7 @@ def test_rows_are_about_equal_and_few():
     draw = random.Random(1)
     lengths = [draw.randrange(20, 120) for _ in range(200)]
     filled = [sum(lengths[number] for number in row) for row in pack(lengths, 512)]
-    assert len(filled) <= 4 / 3 * -(-sum(lengths) // 512)
+    assert len(filled) <= 1.4 * sum(lengths) / 512
     assert 1 - sum(filled) / (len(filled) * max(filled)) < 0.01
 
 

@@ -62,6 +62,7 @@ conversations: setup ## Prepare the conversations about shapes, and the codes of
 	done
 	for task in generation editing; do \
 	  $(CODES) --side 160 $(SHAPES)/$$task/train $(SHAPES)/$$task/train-tokens-160 && \
+	  $(CODES) --side 160 $(SHAPES)/$$task/val $(SHAPES)/$$task/val-tokens-160 && \
 	  $(CODES) --side 112 --mode multi_ratio $(SHAPES)/$$task/train-ratios $(SHAPES)/$$task/train-ratios-tokens-112 && \
 	  $(CODES) --side 112 --mode multi_ratio $(SHAPES)/$$task/val-ratios $(SHAPES)/$$task/val-ratios-tokens-112 || exit 1; \
 	done
@@ -85,8 +86,8 @@ emoji-mllm: emoji ## After emoji: its conversations, and the MLLM's three stages
 	  $(EMOJI_CODES) --side 112 $(EMOJI)/$$task/$$split $(EMOJI)/$$task/$$split-tokens-112 || exit 1; \
 	done; done
 	for task in generation editing; do \
-	  $(EMOJI_CODES) --side 160 $(EMOJI)/$$task/train $(EMOJI)/$$task/train-tokens-160 || exit 1; \
 	  for split in train val; do \
+	    $(EMOJI_CODES) --side 160 $(EMOJI)/$$task/$$split $(EMOJI)/$$task/$$split-tokens-160 && \
 	    $(EMOJI_CODES) --side 112 --mode multi_ratio $(EMOJI)/$$task/$$split $(EMOJI)/$$task/$$split-tokens-112-ratios || exit 1; \
 	  done; \
 	done

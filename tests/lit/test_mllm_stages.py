@@ -292,6 +292,28 @@ def test_options_of_the_trunk_give_the_same_loss(world, tmp_path):
         torch.testing.assert_close(results[1][key], value, rtol=1e-4, atol=1e-6, msg=key)
 
 
+@pytest.mark.slow
+def test_a_compiled_trunk_gives_the_same_weights(world, tmp_path):
+    results = []
+    for compiled in (False, True):
+        module = build(world, compile=compiled)
+        trainer_for(tmp_path, phases(2)).fit(module, data(world, "editing", "text"))
+        results.append(weights(module))
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.slow
+def test_several_processes_make_the_same_codes(world, tmp_path):
+    source, tokenizer = str(world / "generation" / "train"), str(world / "dualvitok")
+    prepare_tokens(source, tmp_path / "one", tokenizer, side=SIDE, part_items=5)
+    prepare_tokens(source, tmp_path / "two", tokenizer, side=SIDE, part_items=5, num_workers=2)
+    files = [path.name for path in (tmp_path / "one").iterdir()]
+    assert len(files) > 4
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
 def test_lora_trains_small_matrices_instead_of_the_trunk(world, tmp_path):
     first = build(world)
     trainer = trainer_for(tmp_path, phases(1))

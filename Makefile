@@ -68,7 +68,7 @@ conversations: setup ## Prepare the conversations about shapes, and the codes of
 	done
 
 .PHONY: mllm
-mllm: demo conversations ## After the demo: the MLLM's three stages on shapes (about 25 minutes on 2 cores)
+mllm: demo conversations ## After the demo: the MLLM's three stages on shapes (about 40 minutes on 2 cores)
 	$(BIN)/illume fit -c experiments/shapes/mllm_stage1.yaml
 	$(BIN)/illume fit -c experiments/shapes/mllm_stage2.yaml
 	$(BIN)/illume fit -c experiments/shapes/mllm_stage3.yaml

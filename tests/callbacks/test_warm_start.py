@@ -59,10 +59,10 @@ def test_what_does_not_fit_is_named(checkpoint: Path) -> None:
         start(WarmStart("gone.ckpt", {"": ""}), Module())
 
 
-def test_the_table_has_a_row_per_size() -> None:
+def test_the_table_has_a_row_per_data_set() -> None:
     table = markdown(
         {"val/a-64/psnr": 20.123456, "val/a-64/ssim": 0.5, "val/b-64/psnr": 30.0, "train/loss": 1.0}
     )
     lines = table.splitlines()
-    assert lines[0] == "| size | psnr | ssim |"
+    assert lines[0] == "| data | psnr | ssim |"
     assert lines[2:] == ["| a-64 | 20.12 | 0.5 |", "| b-64 | 30 |  |"]

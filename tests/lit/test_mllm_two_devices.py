@@ -37,7 +37,11 @@ def test_two_devices_end_with_the_weights_of_one(world, tmp_path):  # noqa: F811
     trainer_for(tmp_path, run).fit(alone, data(world, "generation", "text", condition_dropout=0.0))
     here = Path(__file__).parent
     script, output = tmp_path / "run.py", str(tmp_path / "rank")
-    script.write_text(SCRIPT.format(paths=[str(here), str(here.parent)], world=str(world), output=output))
+    script.write_text(
+        SCRIPT.format(
+            paths=[str(here.parents[1]), str(here), str(here.parent)], world=str(world), output=output
+        )
+    )
     done = subprocess.run([sys.executable, str(script)], timeout=200, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):

@@ -1,5 +1,6 @@
 """Lightning callbacks: phases, exact resume, hand-over between stages, pictures, speed and results."""
 
+from callbacks.checkpoint import Checkpoint
 from callbacks.exact_resume import ExactResume
 from callbacks.phase_progress_bar import PhaseProgressBar
 from callbacks.prediction_pictures import PredictionPictures
@@ -11,6 +12,7 @@ from callbacks.throughput import Throughput
 from callbacks.warm_start import WarmStart
 
 __all__ = [
+    "Checkpoint",
     "ExactResume",
     "PhaseProgressBar",
     "PredictionPictures",

@@ -9,9 +9,9 @@ from illume_lightning.data.packed_batch import PackedBatch
 
 
 class Throughput(L.Callback):
-    """Log ``speed/samples_per_s``: samples of all ranks over wall time since the last log, loader included.
+    """Log ``speed/images_per_s``: pictures of all ranks over wall time since the last log, loader included.
 
-    Where samples are packed into rows, also ``speed/tokens_per_s``, without padding.
+    For packed conversations ``speed/samples_per_s`` and, without padding, ``speed/tokens_per_s`` instead.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,8 @@ class Throughput(L.Callback):
         if (batch_idx + 1) % trainer.log_every_n_steps:
             return
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        pl_module.log("speed/samples_per_s", self._samples / seconds, prog_bar=True)
+        name = "samples" if is_packed else "images"
+        pl_module.log(f"speed/{name}_per_s", self._samples / seconds, prog_bar=True)
         if is_packed:
             pl_module.log("speed/tokens_per_s", self._tokens / seconds)
         self._restart()

@@ -108,6 +108,8 @@ def _quieten() -> None:
         "(?s).*Using ModelCheckpoint with manual optimization.*",
         ".*isinstance.*treespec, LeafSpec.*",
         ".*Consider setting `persistent_workers.*",
+        ".*Couldn't infer the batch indices.*",  # nothing asks for them
+        ".*WeightAveraging state cannot be restored.*",  # the averaged weights are the checkpoint's
         ".*in eval mode at the start of training.*",  # frozen parts are
     ):
         warnings.filterwarnings("ignore", message)

@@ -116,6 +116,8 @@ benchmark: setup ## Measure quantiser, training step, loader, decoder and loss; 
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/decoder.py
 	$(BIN)/python benchmarks/linear_cross_entropy.py
+	# Needs the conversations of `make conversations`.
+	$(BIN)/python benchmarks/mllm_step.py
 
 .PHONY: clean
 clean: ## Remove the virtual environment and caches; data and runs stay

@@ -17,8 +17,10 @@ from illume_lightning.data.chat import DESCRIBE, EDIT, GENERATE
 from illume_lightning.data.conversation import IMAGE, RESOLUTION_TAG, Conversation, Role, Turn
 from illume_lightning.data.conversation_store import make_sample
 from illume_lightning.data.image import CanonicalImage, Dropped, canonical
+from illume_lightning.data.json_file import JsonRecords
+from illume_lightning.data.parquet_file import ParquetRows
 from illume_lightning.data.part import Lost, Part, Sample
-from illume_lightning.data.source import InputFile, Rules
+from illume_lightning.data.source import Rules
 from illume_lightning.data.text_tokenizer import TextTokenizer
 
 CaptionTask = Literal["understand", "generate"]
@@ -40,7 +42,6 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-_BATCH_ROWS = 64
 _PLACEHOLDERS = (IMAGE, RESOLUTION_TAG)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ADDRESS = re.compile(r"data:|[a-zA-Z][\w+.-]*://")
@@ -97,9 +98,11 @@ class AnnotationReader:
 
         Args:
             place: Where the record stands, for messages.
-            record: A JSON value.
+            record: A JSON value, or the bytes of one.
         """
         try:
+            if isinstance(record, bytes):
+                record = loads(record)
             if not isinstance(record, dict):
                 raise Unusable("not a JSON object")
             found = parse_chat(record) if self.columns is None else parse_edit(record, self.columns)
@@ -167,32 +170,21 @@ class CaptionPart:
 
 
 @dataclass(frozen=True)
-class RowsPart:
-    """Records in row groups of a parquet file."""
+class AnnotationPart:
+    """Records of an annotation file."""
 
-    file: InputFile
-    groups: tuple[int, ...]
-    first_row: int
-    num_items: int
-    columns: tuple[str, ...]
+    records: JsonRecords | ParquetRows
     reader: AnnotationReader
 
+    @property
+    def num_items(self) -> int:
+        """Number of records."""
+        return self.records.num_items
+
     def read(self) -> Iterator[Sample | Lost]:
-        """Read the rows, a few at a time."""
-        for row, record in enumerate(self._records(), self.first_row):
-            yield self.reader.sample(f"{self.file.name}#{row}", record)
-
-    def _records(self) -> Iterator[dict[str, Any]]:
-        import pyarrow
-        from pyarrow import parquet
-
-        groups, columns = list(self.groups), list(self.columns)
-        try:
-            with parquet.ParquetFile(self.file.path) as file:
-                for batch in file.iter_batches(_BATCH_ROWS, groups, columns, use_threads=False):
-                    yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.file.path} is damaged ({error}); fetch it again and continue") from error
+        """Read the records."""
+        for place, record in self.records.read():
+            yield self.reader.sample(place, record)
 
 
 def parse_chat(record: dict[str, Any]) -> Annotation:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from illume_lightning.data.plan import PlanItem
 from illume_lightning.data.schedule import Schedule, SizeMode
 from illume_lightning.data.slots import InlineTensor, SharedSlots
-from illume_lightning.data.store import ImageStore
+from illume_lightning.data.store import ImageStore, Store
 from illume_lightning.data.transform import decode_at, is_flipped
 from illume_lightning.host_memory import keep_freed_memory
 from illume_lightning.resolution import PIXEL_STRIDE, Size, any_resolution, nearest_ratio, ratio_sizes
@@ -99,19 +99,33 @@ class PlannedImages:
         if images is None:
             images = torch.empty(batch_shape(items), dtype=torch.uint8)
         for image, item in zip(images.numpy(), items, strict=True):
-            record = self.stores[item.dataset].read(item.index)
+            store = self.stores[item.dataset]
+            record = store.read(item.index)
             flip = is_flipped(self.seed, item.sample_number, self.horizontal_flip)
-            try:
-                image[:] = decode_at(record.image, item.size, stretch=item.stretch, flip=flip)
-            except (OSError, SyntaxError, ValueError) as error:
-                raise ValueError(
-                    f"record {item.index} of {self.stores[item.dataset].path} cannot be decoded ({error}); "
-                    "copy the store again or prepare it again"
-                ) from error
+            image[:] = decode_stored(
+                record.image, item.size, store, item.index, stretch=item.stretch, flip=flip
+            )
             captions.append(record.caption)
             metas.append(record.meta)
         numbers = torch.tensor([[item.dataset, item.index, item.sample_number] for item in items])
         return ImageBatch(images, captions, metas, *numbers.unbind(dim=1))
+
+
+def decode_stored(
+    data: bytes, size: Size, store: Store, index: int, *, stretch: bool = False, flip: bool = False
+) -> np.ndarray:
+    """`decode_at` for an image of the record `index` of a store.
+
+    Raises:
+        ValueError: if the image is damaged; names the store and the record.
+    """
+    try:
+        return decode_at(data, size, stretch=stretch, flip=flip)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"an image of record {index} of {store.path} cannot be decoded ({error}); copy the store again or "
+            "prepare it again"
+        ) from error
 
 
 def batch_shape(items: Sequence[PlanItem]) -> tuple[int, int, int, int]:

@@ -11,12 +11,12 @@ from torch import Tensor
 from illume_lightning.data.chat import render, unconditional
 from illume_lightning.data.conversation import Conversation
 from illume_lightning.data.conversation_store import ConversationStore
+from illume_lightning.data.loader import decode_stored
 from illume_lightning.data.packing import MicroBatchItems, PackItem, SizedImage, image_size
 from illume_lightning.data.schedule import Phase
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.token_cache import TokenCache
 from illume_lightning.data.token_sequence import Cells, TokenSequence, token_sequence
-from illume_lightning.data.transform import decode_at
 from illume_lightning.vocabulary import Vocabulary
 
 PADDING_DOCUMENT = -1
@@ -29,7 +29,7 @@ class PackedBatch(NamedTuple):
         ids: int64 (R, T); images to tokenise have code 0 in their cells.
         position_ids: int64 (R, T), from 0 in every conversation.
         document_ids: int64 (R, T), number of the conversation in the batch, -1 is padding.
-        slot_ids: int64 (R, T), place within its image counted from 1, 0 outside of images.
+        slot_ids: int64 (R, T), as `ImageLayout.slot_ids`, 0 outside of images.
         images: uint8 (n, 3, H, W) each: input images by size.
         semantic_slots: int64 (S,), flat places of these images' semantic features.
         pixel_slots: int64 (P,), flat places of their pixel features.
@@ -144,7 +144,13 @@ class PackedConversations:
             shown,
         )
         pictures = {
-            cells.image: self._decode(item, record.images[cells.image], cells.size)
+            cells.image: decode_stored(
+                record.images[cells.image],
+                cells.size.size,
+                data.store,
+                item.index,
+                stretch=cells.size.stretch,
+            )
             for cells in (*tokens.inputs, *tokens.targets)
         }
         return _Sample(tokens, pictures, item.dataset)
@@ -158,15 +164,6 @@ class PackedConversations:
         ]
         assert all(sizes), "the plan leaves out what would be cropped too much"
         return [size for size in sizes if size is not None]
-
-    def _decode(self, item: PackItem, image: bytes, sized: SizedImage) -> np.ndarray:
-        try:
-            return decode_at(image, sized.size, stretch=sized.stretch)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(
-                f"an image of record {item.index} of {self.data[item.dataset].store.path} cannot be decoded "
-                f"({error}); copy the store again or prepare it again"
-            ) from error
 
     def _is_unconditional(self, item: PackItem, conversation: Conversation) -> bool:
         if not self.condition_dropout or not any(conversation.is_target):

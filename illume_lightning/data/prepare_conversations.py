@@ -1,13 +1,10 @@
 """Preparing a user's own conversations: annotation files or captioned images to a store."""
 
-import hashlib
 import logging
-import mmap
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from dataclasses import asdict, replace
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -16,17 +13,20 @@ from illume_lightning.data.conversation_source import (
     CHAT_KEYS,
     EDIT_KEYS,
     IMAGE_KEYS,
+    AnnotationPart,
     AnnotationReader,
     CaptionPart,
     CaptionTask,
     EditColumns,
-    RowsPart,
     Unusable,
     loads,
 )
 from illume_lightning.data.image import Limits
-from illume_lightning.data.part import Lost, Part, Sample
-from illume_lightning.data.source import InputFile, Rules, find_inputs, make_parts
+from illume_lightning.data.input_file import InputFile, fingerprint
+from illume_lightning.data.json_file import JsonRecords, scan_json
+from illume_lightning.data.parquet_file import scan_parquet
+from illume_lightning.data.part import Lost, Part
+from illume_lightning.data.source import Rules, find_inputs, make_parts
 from illume_lightning.data.store import CONVERSATIONS, Manifest
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.writer import write_stores
@@ -37,8 +37,6 @@ AnnotationFormat = Literal["chat", "edit"]
 
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _LOOK_AT = 1000  # records, to tell what a file holds
-# A string, or what opens, closes and separates values. Possessive: no way back, and no memory for one.
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[][{},]', re.DOTALL)
 
 
 def prepare_conversations(
@@ -123,7 +121,7 @@ def prepare_conversations(
             _refuse("--format edit", **edits)
         files = _annotation_files(sources)
         identity |= {
-            "sources": [file.name for file in files], "inputs": _fingerprint(files), "format": format,
+            "sources": [file.name for file in files], "inputs": fingerprint(files), "format": format,
             "columns": columns, "image_root": image_root,
         }  # fmt: skip
     else:
@@ -159,39 +157,6 @@ def prepare_conversations(
     )
 
 
-@dataclass(frozen=True)
-class JsonPart:
-    """Records of JSON Lines or of a JSON array: the bytes of the file from `start` to `stop`."""
-
-    file: InputFile
-    start: int
-    stop: int
-    first: int
-    """Number of the first record in the file, from 0; of lines, empty ones count."""
-
-    num_items: int
-    is_array: bool
-    reader: AnnotationReader
-
-    def read(self) -> Iterator[Sample | Lost]:
-        """Read the records; places are "file.jsonl:17", the 17th line, or "file.json#16", the same in an array."""
-        with self.file.path.open("rb") as stream:
-            stream.seek(self.start)
-            data = stream.read(self.stop - self.start)
-        spans = _elements if self.is_array else _lines
-        for number, (start, stop) in enumerate(spans(data, 0), self.first):
-            content = data[start:stop]
-            if not content.strip():
-                continue
-            place = f"{self.file.name}#{number}" if self.is_array else f"{self.file.name}:{number + 1}"
-            try:
-                record = loads(content)
-            except Unusable as unusable:
-                yield self.reader.rules.lost(place, str(unusable))
-            else:
-                yield self.reader.sample(place, record)
-
-
 def _annotation_files(sources: Sequence[str]) -> list[InputFile]:
     """The files, with names that tell them apart."""
     paths = [Path(source) for source in sources]
@@ -216,16 +181,6 @@ def _annotation_files(sources: Sequence[str]) -> list[InputFile]:
     ]
 
 
-def _fingerprint(files: Sequence[InputFile]) -> str:
-    """Hash of the files' names, sizes and times of change."""
-    digest = hashlib.sha256()
-    for file in files:
-        status = file.path.stat()
-        line = f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n"
-        digest.update(line.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
 def _refuse(user: str, **options: str | None) -> None:
     """Complain of options that only another way to prepare would use."""
     for name, value in options.items():
@@ -241,16 +196,15 @@ def _annotation_parts(
     part_items: int,
 ) -> list[Part]:
     """Find out what a file holds, and cut it into parts."""
-
-    def decided(records: Iterable[Collection[str]]) -> AnnotationReader:
-        return replace(reader, columns=_edit_columns(file.path, records, format, columns))
-
     if file.path.suffix.lower() == ".parquet":
-        return _parquet_parts(file, decided, part_items)
-    if not file.path.stat().st_size:
-        raise ValueError(f"{file.path} is empty; leave it out")
-    with file.path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _json_parts(file, data, decided, part_items)
+        schema, stretches = scan_parquet(file, part_items)
+        reader = replace(reader, columns=_edit_columns(file.path, [schema.names], format, columns))
+        wanted = reader.columns or (*CHAT_KEYS, *IMAGE_KEYS)
+        names = tuple(name for name in schema.names if name in wanted)
+        return [AnnotationPart(replace(rows, columns=names), reader) for rows in stretches]
+    pieces = scan_json(file, part_items)
+    reader = replace(reader, columns=_edit_columns(file.path, _first_keys(pieces), format, columns))
+    return [AnnotationPart(records, reader) for records in pieces]
 
 
 def _edit_columns(
@@ -280,100 +234,16 @@ def _edit_columns(
     )
 
 
-def _json_parts(
-    file: InputFile,
-    data: mmap.mmap,
-    decided: Callable[[Iterable[Collection[str]]], AnnotationReader],
-    part_items: int,
-) -> list[Part]:
-    """Find the bytes at which parts begin."""
-    opening = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[").match(data)
-    spans, begin = (_elements, opening.end()) if opening else (_lines, 0)
-    starts: list[int] = []
-    counts: list[int] = []
-    end = begin
-    for number, (start, end) in enumerate(spans(data, begin)):
-        if number % part_items == 0:
-            starts.append(start)
-            counts.append(0)
-        counts[-1] += bool(data[start:end].strip())
-    if opening and data[end:].strip() != b"]":
-        raise ValueError(
-            f"{file.path} is damaged: its JSON array does not end with the file; fetch it again, or give JSON Lines"
-        )
-    reader = decided(_keys(data, islice(spans(data, begin), _LOOK_AT)))
-    return [
-        JsonPart(file, start, stop, number * part_items, count, opening is not None, reader)
-        for number, (start, stop, count) in enumerate(zip(starts, [*starts[1:], end], counts, strict=True))
-    ]
-
-
-def _keys(data: mmap.mmap, spans: Iterable[tuple[int, int]]) -> Iterator[Collection[str]]:
-    """The keys of the records that are readable."""
-    for start, stop in spans:
+def _first_keys(pieces: Sequence[JsonRecords]) -> Iterator[Collection[str]]:
+    """The keys of the readable ones among the first records."""
+    contents = chain.from_iterable(records.read() for records in pieces)
+    for _, content in islice(contents, _LOOK_AT):
         try:
-            record = loads(data[start:stop])
+            record = loads(content)
         except Unusable:
             continue
         if isinstance(record, dict):
             yield record.keys()
-
-
-def _lines(data: bytes | mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
-    """Where the lines begin and end."""
-    while start < len(data):
-        stop = data.find(b"\n", start)
-        stop = len(data) if stop < 0 else stop
-        yield start, stop
-        start = stop + 1
-
-
-def _elements(data: bytes | mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
-    """Where the values of a JSON array begin and end, up to its end or the end of the data."""
-    depth = 0
-    for match in _TOKEN.finditer(data, start):
-        token = data[match.start()]
-        if token in b"[{":
-            depth += 1
-        elif token in b"]}":
-            depth -= 1
-        if depth < 0:
-            yield start, match.start()
-            return
-        if token == ord(",") and not depth:
-            yield start, match.start()
-            start = match.end()
-    yield start, len(data)
-
-
-def _parquet_parts(
-    file: InputFile, decided: Callable[[Iterable[Collection[str]]], AnnotationReader], part_items: int
-) -> list[Part]:
-    """Gather row groups until they have enough rows."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"reading {file.path} needs pyarrow: pip install pyarrow") from error
-    try:
-        opened = parquet.ParquetFile(file.path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file.path} is not a readable parquet file ({error}); fetch it again") from error
-    parts: list[Part] = []
-    with opened:
-        names = opened.schema_arrow.names
-        reader = decided([names])
-        wanted = reader.columns or (*CHAT_KEYS, *IMAGE_KEYS)
-        columns = tuple(name for name in names if name in wanted)
-        groups: list[int] = []
-        row = count = 0
-        for group in range(opened.num_row_groups):
-            groups.append(group)
-            count += opened.metadata.row_group(group).num_rows
-            if count >= part_items or group == opened.num_row_groups - 1:
-                parts.append(RowsPart(file, tuple(groups), row, count, columns, reader))
-                groups, row, count = [], row + count, 0
-    return parts
 
 
 def _write_report(parts: Sequence[Part], path: Path, num_workers: int) -> None:

@@ -8,15 +8,16 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from illume_lightning.data.image import SUFFIXES, Dropped, Limits, canonical
+from illume_lightning.data.input_file import InputFile, fingerprint
+from illume_lightning.data.parquet_file import ParquetRows, scan_parquet
 from illume_lightning.data.part import Lost, Part, Sample
 
 _CAPTION_NAMES = ("text", "caption")
-_BATCH_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,6 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class InputFile:
-    """One file to read, and a name for it that does not depend on where the source lies."""
-
-    name: str
-    path: Path
-
-
-@dataclass(frozen=True)
 class Inputs:
     """The files of all sources, sorted, by kind; and a hash of their names, sizes and times of change."""
 
@@ -87,7 +80,7 @@ def find_inputs(sources: Sequence[str]) -> Inputs:
         ValueError: If a source is missing or holds nothing of use.
     """
     found: dict[str, list[InputFile]] = {"image": [], "tar": [], "parquet": []}
-    digest = hashlib.sha256()
+    known: list[InputFile] = []
     for source in sources:
         root = Path(source)
         if not root.exists():
@@ -100,15 +93,13 @@ def find_inputs(sources: Sequence[str]) -> Inputs:
                 found[kind].append(file)
                 count += 1
             if kind:
-                status = file.path.stat()
-                line = f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n"
-                digest.update(line.encode("utf-8", "surrogateescape"))
+                known.append(file)
         if not count:
             raise ValueError(
                 f"the source {source} has no images, .tar or .parquet files; "
                 f"image files end in {', '.join(sorted(SUFFIXES))}"
             )
-    return Inputs(tuple(found["image"]), tuple(found["tar"]), tuple(found["parquet"]), digest.hexdigest())
+    return Inputs(tuple(found["image"]), tuple(found["tar"]), tuple(found["parquet"]), fingerprint(known))
 
 
 def make_parts(
@@ -208,20 +199,21 @@ class TarPart:
 
 @dataclass(frozen=True)
 class ParquetPart:
-    """Row groups of a parquet file."""
+    """Rows of a parquet file."""
 
-    file: InputFile
-    groups: tuple[int, ...]
-    first_row: int
-    num_items: int
+    rows: ParquetRows
     image_column: str
     caption_column: str | None
     rules: Rules
 
+    @property
+    def num_items(self) -> int:
+        """Number of rows."""
+        return self.rows.num_items
+
     def read(self) -> Iterator[Sample | Lost]:
-        """Read the rows, a few at a time."""
-        for row, record in enumerate(self._records(), self.first_row):
-            name = f"{self.file.name}#{row}"
+        """Read the rows."""
+        for name, record in self.rows.read():
             image = record[self.image_column]
             data = image["bytes"] if isinstance(image, dict) else image
             caption = record[self.caption_column] if self.caption_column else None
@@ -229,18 +221,6 @@ class ParquetPart:
                 yield self.rules.lost(name, "no image bytes in the row")
             else:
                 yield self.rules.sample(name, data, caption or "")
-
-    def _records(self) -> Iterator[dict[str, Any]]:
-        import pyarrow
-        from pyarrow import parquet
-
-        columns = [self.image_column] + ([self.caption_column] if self.caption_column else [])
-        try:
-            with parquet.ParquetFile(self.file.path) as file:
-                for batch in file.iter_batches(_BATCH_ROWS, list(self.groups), columns, use_threads=False):
-                    yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{self.file.path} is damaged ({error}); fetch it again and continue") from error
 
 
 def _walk(root: Path) -> Iterator[InputFile]:
@@ -320,28 +300,11 @@ def _tar_parts(file: InputFile, rules: Rules, part_items: int) -> list[TarPart]:
 def _parquet_parts(
     file: InputFile, rules: Rules, part_items: int, image_column: str | None, caption_column: str | None
 ) -> list[ParquetPart]:
-    """Gather row groups until they have enough rows."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"reading {file.path} needs pyarrow: pip install pyarrow") from error
-    try:
-        opened = parquet.ParquetFile(file.path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file.path} is not a readable parquet file ({error}); fetch it again") from error
-    parts: list[ParquetPart] = []
-    with opened:
-        columns = _columns(file.path, opened.schema_arrow, image_column, caption_column)
-        groups: list[int] = []
-        row = count = 0
-        for group in range(opened.num_row_groups):
-            groups.append(group)
-            count += opened.metadata.row_group(group).num_rows
-            if count >= part_items or group == opened.num_row_groups - 1:
-                parts.append(ParquetPart(file, tuple(groups), row, count, *columns, rules))
-                groups, row, count = [], row + count, 0
-    return parts
+    """Find the columns, and gather row groups until they have enough rows."""
+    schema, stretches = scan_parquet(file, part_items)
+    image, caption = _columns(file.path, schema, image_column, caption_column)
+    names = (image,) if caption is None else (image, caption)
+    return [ParquetPart(replace(rows, columns=names), image, caption, rules) for rows in stretches]
 
 
 def _columns(

@@ -41,7 +41,8 @@ class TextTokenizer:
         if not (self.folder / FILE).is_file():
             raise FileNotFoundError(
                 f"no text tokenizer: {self.folder / FILE} is missing; give the folder of a Hugging Face model "
-                f"such as Qwen2.5, or train a tokenizer for the shapes world with 'illume prepare shapes-tokenizer'"
+                "such as Qwen2.5, or train a tokenizer for a world: `illume prepare shapes-tokenizer`, "
+                "`illume prepare emoji-tokenizer`"
             )
 
     def __reduce__(self) -> tuple[type["TextTokenizer"], tuple[Path]]:

@@ -206,7 +206,7 @@ def _write_parts(
     todo = {number: part for number, part in enumerate(parts) if not record_path(work, number).is_file()}
     total = sum(part.num_items for part in parts)
     done = total - sum(part.num_items for part in todo.values())
-    with tqdm(total=total, initial=done, unit="image", desc=work.stem, disable=None) as progress:
+    with tqdm(total=total, initial=done, unit="input", desc=work.stem, disable=None) as progress:
         if num_workers == 0:
             for number, part in todo.items():
                 write_part(work, number, part, splits, chunk_bytes)

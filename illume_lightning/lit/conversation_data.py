@@ -15,7 +15,7 @@ from illume_lightning.data.schedule import Phase, SizeMode
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.token_cache import TokenCache, check_caches
 from illume_lightning.lit.mllm import MLLMStage
-from illume_lightning.lit.planned_data import PlannedDataModule, replica
+from illume_lightning.lit.planned_data import PlannedDataModule, open_store, replica
 from illume_lightning.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -182,12 +182,7 @@ class ConversationDataModule(PlannedDataModule):
 
     def _open(self, task: Conversations) -> ConversationData:
         if task.path not in self._data:
-            try:
-                store = ConversationStore(task.path)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{error} (`illume prepare conversations` makes stores)") from error
-            if not len(store):
-                raise ValueError(f"{task.path} has no conversations; make it again with `illume prepare`")
+            store = open_store(ConversationStore, task.path)
             if store.text_tokenizer != self.text_tokenizer.fingerprint:
                 raise ValueError(
                     f"{task.path} was prepared with another text tokenizer ({store.text_tokenizer[:12]}) than "

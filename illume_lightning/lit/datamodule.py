@@ -21,7 +21,7 @@ from illume_lightning.data.loader import (
 )
 from illume_lightning.data.plan import DatasetSource, Phase, Plan
 from illume_lightning.data.store import ImageStore
-from illume_lightning.lit.planned_data import PlannedDataModule, replica
+from illume_lightning.lit.planned_data import PlannedDataModule, open_store, replica
 from illume_lightning.resolution import PIXEL_STRIDE, check_size
 
 __all__ = ["ImageBatch", "ImageDataModule", "Source"]
@@ -184,13 +184,7 @@ class ImageDataModule(PlannedDataModule):
 
     def _store(self, path: str) -> ImageStore:
         if path not in self._stores:
-            try:
-                store = ImageStore(path)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{error} (`illume prepare` makes stores)") from error
-            if not len(store):
-                raise ValueError(f"{path} has no images; make it again with `illume prepare`")
-            self._stores[path] = store
+            self._stores[path] = open_store(ImageStore, path)
         return self._stores[path]
 
     def _fingerprint(self) -> str:

@@ -13,7 +13,7 @@ from illume_lightning.data.latents import LatentBatch
 from illume_lightning.lit.datamodule import ImageBatch
 from illume_lightning.lit.dualvitok import to_float, to_uint8
 from illume_lightning.lit.reconstruction_metrics import Distance, PictureMetrics
-from illume_lightning.lit.tokenizer import fingerprint, load_tokenizer
+from illume_lightning.lit.tokenizer import check_cached_codes, fingerprint, load_tokenizer
 from illume_lightning.lit.training import TrainingModule
 from illume_lightning.nn.condition import ConditionNoise, check_codes, replace_codes
 from illume_lightning.nn.diffusion_decoder import SCALE, DiffusionDecoder, sampling_scheduler
@@ -146,12 +146,9 @@ class DiffusionDecoderModule(TrainingModule):
             ValueError: names both.
         """
         super().on_fit_start()
-        found = getattr(self.trainer.datamodule, "tokenizer_fingerprint", None)
-        if found not in (None, self.fingerprint):
-            raise ValueError(
-                f"the cached codes were made by another tokenizer (fingerprint {found[:12]}) than "
-                f"{self.tokenizer_path} ({self.fingerprint[:12]}): prepare them again with `illume prepare latents`."
-            )
+        maker = getattr(self.trainer.datamodule, "tokenizer_fingerprint", None)
+        if maker is not None:
+            check_cached_codes(maker, self.fingerprint, self.tokenizer_path, "illume prepare latents")
 
     def training_step(self, batch: ImageBatch | LatentBatch, batch_idx: int) -> None:
         """One micro-batch of the denoising loss."""

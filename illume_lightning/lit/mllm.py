@@ -13,7 +13,7 @@ from illume_lightning.data.packed_batch import PackedBatch
 from illume_lightning.lit.dualvitok import to_float
 from illume_lightning.lit.planned_data import replica
 from illume_lightning.lit.token_metrics import TokenMetrics
-from illume_lightning.lit.tokenizer import fingerprint, load_tokenizer
+from illume_lightning.lit.tokenizer import check_cached_codes, fingerprint, load_tokenizer
 from illume_lightning.lit.training import TrainingModule
 from illume_lightning.nn.dualvitok import DualViTok
 from illume_lightning.nn.linear_cross_entropy import CrossEntropy
@@ -160,14 +160,10 @@ class MLLMStage(TrainingModule):
         super().on_fit_start()
         if self.trainer.is_global_zero:
             log.info(self.describe())
-        cached = getattr(self.trainer.datamodule, "tokenizer_fingerprint", None)
-        if cached is not None and "tokenizer" in self.fixed:
+        maker = getattr(self.trainer.datamodule, "tokenizer_fingerprint", None)
+        if maker is not None and "tokenizer" in self.fixed:
             own = fingerprint(self.fixed["tokenizer"])
-            if own != cached:
-                raise ValueError(
-                    f"the cached codes were made by another tokenizer (fingerprint {cached[:12]}) than "
-                    f"{self.tokenizer_path} ({own[:12]}): prepare them again with `illume prepare tokens`"
-                )
+            check_cached_codes(maker, own, self.tokenizer_path, "illume prepare tokens")
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """One micro-batch; the loss of a training step is the mean over all its predicted tokens."""

@@ -3,14 +3,17 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 
 from illume_lightning.data.loader import BatchLoader, PlanBatches, PlanLoader, Reader, StepPlan
 from illume_lightning.data.schedule import Phase
+from illume_lightning.data.store import Store
 
 log = logging.getLogger(__name__)
+
+_Store = TypeVar("_Store", bound=Store)
 
 
 class PlannedDataModule(L.LightningDataModule):
@@ -109,6 +112,26 @@ class PlannedDataModule(L.LightningDataModule):
             "prefetch": self.prefetch,
             "pin_memory": self.pin_memory and has_accelerator,
         }
+
+
+def open_store(kind: type[_Store], path: str) -> _Store:
+    """A store with something in it.
+
+    Args:
+        kind: its class.
+        path: its folder.
+
+    Raises:
+        FileNotFoundError: if there is none; says how to make one.
+        ValueError: if it is empty.
+    """
+    try:
+        store = kind(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} (`illume prepare` makes stores)") from error
+    if not len(store):
+        raise ValueError(f"{path} has no records; make it again with `illume prepare`")
+    return store
 
 
 def replica(trainer: L.Trainer | None) -> tuple[int, int]:

@@ -48,6 +48,25 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def check_cached_codes(maker: str, own: str, path: str | None, command: str) -> None:
+    """Refuse codes of another tokenizer.
+
+    Args:
+        maker: fingerprint of the tokenizer that made the codes.
+        own: fingerprint of the tokenizer in use.
+        path: where that one is from.
+        command: makes the codes.
+
+    Raises:
+        ValueError: names both tokenizers.
+    """
+    if maker != own:
+        raise ValueError(
+            f"the cached codes were made by another tokenizer (fingerprint {maker[:12]}) than {path} "
+            f"({own[:12]}): prepare them again with `{command}`"
+        )
+
+
 def _build(config: Path) -> DualViTok:
     """The model that a run's saved configuration describes."""
     section: dict[str, Any] = yaml.safe_load(config.read_text())["model"]["init_args"]["model"]

@@ -17,9 +17,9 @@ from illume_lightning.data.conversation_store import ConversationRecord, Convers
 from illume_lightning.data.image import decode
 from illume_lightning.data.store import Manifest
 from illume_lightning.data.text_tokenizer import TextTokenizer
+from illume_lightning.data.worlds.conversations import WorldTask
 from illume_lightning.data.worlds.emoji import NAMES, Emoji, list_emoji, picture_paths, split_of
 from illume_lightning.data.worlds.emoji_conversations import (
-    EmojiTask,
     Look,
     caption,
     edits,
@@ -30,7 +30,7 @@ from illume_lightning.data.worlds.emoji_conversations import (
     questions,
 )  # fmt: skip
 
-TASKS: tuple[EmojiTask, ...] = get_args(EmojiTask)
+TASKS: tuple[WorldTask, ...] = get_args(WorldTask)
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 HOLDOUT = 0.5
 
@@ -70,7 +70,7 @@ def tokenizer(packages: Path) -> TextTokenizer:
     return TextTokenizer(packages / "tokenizer")
 
 
-def prepare(packages: Path, name: str, task: EmojiTask, **options: int) -> dict[str, Manifest]:
+def prepare(packages: Path, name: str, task: WorldTask, **options: int) -> dict[str, Manifest]:
     return prepare_emoji_conversations(
         packages / name,
         packages,
@@ -106,7 +106,7 @@ def emoji_of(record: ConversationRecord, packages: Path) -> list[Emoji]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_to_a_store_and_back(task: EmojiTask, packages: Path, tokenizer: TextTokenizer) -> None:
+def test_every_task_to_a_store_and_back(task: WorldTask, packages: Path, tokenizer: TextTokenizer) -> None:
     manifests = prepare(packages, "out", task)
     records = read(packages, "out")
     examples = list_examples(packages, task, holdout=HOLDOUT)
@@ -223,7 +223,7 @@ def test_captions_and_instructions_reach_the_prompts(packages: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["understanding", "text"])
-def test_answers_are_what_the_names_say(task: EmojiTask, packages: Path) -> None:
+def test_answers_are_what_the_names_say(task: WorldTask, packages: Path) -> None:
     split = {emoji.label: split_of(emoji, HOLDOUT) for emoji in list_emoji(packages)}
     emojis = {emoji.code: emoji for emoji in list_emoji(packages)}
     asked: Counter[str] = Counter()
@@ -322,7 +322,7 @@ def test_options_out_of_range_are_refused(options: dict, complaint: str, tmp_pat
 
 
 def test_what_is_missing_is_named(packages: Path, tokenizer: TextTokenizer, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no text tokenizer"):
+    with pytest.raises(FileNotFoundError, match="no text tokenizer.*illume prepare emoji-tokenizer"):
         prepare_emoji_conversations(tmp_path / "out", packages, tokenizer=str(tmp_path), task="text")
     with pytest.raises(FileNotFoundError, match="npm install"):
         prepare_emoji_conversations(

@@ -12,6 +12,7 @@ import pytest
 from illume_lightning.data.conversation import IMAGE, Conversation, Turn
 from illume_lightning.data.store import Manifest
 from illume_lightning.data.text_tokenizer import TextTokenizer
+from illume_lightning.data.worlds.conversations import WorldTask
 from illume_lightning.data.worlds.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -30,7 +31,6 @@ from illume_lightning.data.worlds.shapes_conversations import (
     QUESTIONS_PER_SCENE,
     ConversationsPart,
     SceneOptions,
-    ShapesTask,
     draw_example,
     prepare_shapes_conversations,
     prepare_shapes_tokenizer,
@@ -38,7 +38,7 @@ from illume_lightning.data.worlds.shapes_conversations import (
 from illume_lightning.data.worlds.shapes_edits import draw_edit, edits
 from illume_lightning.data.worlds.shapes_questions import Question, questions
 
-TASKS: tuple[ShapesTask, ...] = get_args(ShapesTask)
+TASKS: tuple[WorldTask, ...] = get_args(WorldTask)
 SCENES = [draw_scene(3, index) for index in range(60)] + [Scene("white", ()), Scene("black", ())]
 
 
@@ -152,7 +152,7 @@ def test_drawn_edits_are_of_all_kinds_and_stay_in_the_split() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_examples_reproduce_and_keep_to_their_split(task: ShapesTask) -> None:
+def test_examples_reproduce_and_keep_to_their_split(task: WorldTask) -> None:
     for split in SPLITS:
         options = SceneOptions(seed=5, split=split)
         examples = [draw_example(task, options, index) for index in range(30)]
@@ -231,7 +231,7 @@ def test_the_tokenizer_has_the_words_of_the_world(tokenizer: TextTokenizer, tmp_
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_records_are_the_examples(task: ShapesTask, tokenizer: TextTokenizer) -> None:
+def test_records_are_the_examples(task: WorldTask, tokenizer: TextTokenizer) -> None:
     sizes = ((112, 112), (80, 160))
     part = ConversationsPart(range(3, 11), task, SceneOptions(seed=2), sizes, tokenizer)
     samples = list(part.read())
@@ -282,5 +282,5 @@ def test_options_out_of_range_are_refused(
         prepare_shapes_conversations(
             tmp_path / "out", **{"tokenizer": str(tokenizer.folder), "task": "text", "count": 1, **options}
         )
-    with pytest.raises(FileNotFoundError, match="no text tokenizer"):
+    with pytest.raises(FileNotFoundError, match="no text tokenizer.*illume prepare shapes-tokenizer"):
         prepare_shapes_conversations(tmp_path / "out", tokenizer=str(tmp_path), task="text", count=1)

@@ -105,6 +105,20 @@ def test_parquet(tmp_path: Path, kind: str) -> None:
         prepare_images([str(tmp_path / "b.parquet")], tmp_path / "other")
 
 
+@pytest.mark.parametrize("damage", ["page", "text"])
+def test_damaged_rows_are_named(tmp_path: Path, damage: str) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    text = pyarrow.array([b"\xff" if damage == "text" else b"words"] * 4).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"image": [jpeg(0)] * 4, "text": text}), tmp_path / "a.parquet")
+    if damage == "page":
+        data = (tmp_path / "a.parquet").read_bytes()
+        (tmp_path / "a.parquet").write_bytes(data[:4] + bytes(200) + data[204:])
+    with pytest.raises(ValueError, match=r"(?s)a\.parquet is damaged .*; fetch it again and continue"):
+        prepare_images([str(tmp_path / "a.parquet")], tmp_path / "out")
+
+
 def test_a_caption_may_be_the_path_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "secret.txt").write_text("secret")
     (tmp_path / "source").mkdir()

@@ -12,9 +12,10 @@ from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from callbacks.resolution_curriculum import ResolutionCurriculum
-from illume_lightning.data.loader import TargetSize, deal_batches, evaluation_items
+from illume_lightning.data.loader import TargetSize, deal_batches, decode_stored, evaluation_items
 from illume_lightning.data.plan import Phase
 from illume_lightning.data.prepare import prepare_images
+from illume_lightning.data.store import ImageStore
 from illume_lightning.data.transform import decode_at, is_flipped
 from illume_lightning.lit.datamodule import ImageBatch, ImageDataModule, Source
 
@@ -427,6 +428,12 @@ def test_missing_and_empty_stores(stores, tmp_path):
     data = datamodule(stores, val={"gone": str(tmp_path / "gone")})
     with pytest.raises(FileNotFoundError, match=r"gone.*illume prepare"):
         trainer(PHASES).fit(Recorder(), data)
+
+
+def test_a_damaged_image_is_named(stores):
+    store = ImageStore(stores[0])
+    with pytest.raises(ValueError, match=r"image of record 3 of .*store1 cannot be decoded .*copy the store"):
+        decode_stored(store.read(3).image[:60], (32, 32), store, 3)
 
 
 def test_missing_curriculum(stores):

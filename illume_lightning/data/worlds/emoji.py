@@ -114,8 +114,7 @@ def prepare_emoji(
         RuntimeError: If npm fails.
         ValueError: If `holdout` is out of range, or `output` holds something else.
     """
-    if not 0 < holdout < 1:
-        raise ValueError(f"holdout is {holdout}; it is a share, above 0 and below 1")
+    check_holdout(holdout)
     root = Path(package_dir)
     if fetch and not ((root / NAMES).is_file() and (root / _PICTURES).is_dir()):
         fetch_emoji(root)
@@ -131,6 +130,16 @@ def prepare_emoji(
         num_workers=num_workers,
         overwrite=overwrite,
     )
+
+
+def check_holdout(holdout: float) -> None:
+    """Refuse a share that leaves one of the splits empty.
+
+    Raises:
+        ValueError: if it is out of range.
+    """
+    if not 0 < holdout < 1:
+        raise ValueError(f"holdout is {holdout}; it is a share, above 0 and below 1")
 
 
 def list_emoji(package_dir: str | Path) -> list[Emoji]:

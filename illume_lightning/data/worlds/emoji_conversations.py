@@ -5,25 +5,33 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from illume_lightning.data.chat import DESCRIBE, EDIT, GENERATE, RANDOM, RECONSTRUCT, SYSTEM
-from illume_lightning.data.conversation import IMAGE, RESOLUTION_TAG, Conversation, Turn
+from illume_lightning.data.conversation import Conversation
 from illume_lightning.data.conversation_store import make_sample
 from illume_lightning.data.image import encode_png
-from illume_lightning.data.part import Lost, Sample, write_text
+from illume_lightning.data.part import Lost, Sample
 from illume_lightning.data.store import Manifest
-from illume_lightning.data.text_tokenizer import FILE, TextTokenizer, train_tokenizer
+from illume_lightning.data.text_tokenizer import TextTokenizer
+from illume_lightning.data.worlds.conversations import (
+    WorldTask,
+    check_task,
+    edit_conversation,
+    keep_tokenizer,
+    picture_conversation,
+    question_conversation,
+)
 from illume_lightning.data.worlds.emoji import (
     NAMES,
     PACKAGES,
     PERSONS,
     Emoji,
+    check_holdout,
     composite,
     list_emoji,
     normal_code,
@@ -32,8 +40,6 @@ from illume_lightning.data.worlds.emoji import (
     stable_hash,
 )  # fmt: skip
 from illume_lightning.data.writer import write_stores
-
-EmojiTask = Literal["reconstruction", "captioning", "generation", "understanding", "editing", "text"]
 
 GROUPS = (
     "smileys and emotion", "people and body", "components", "animals and nature", "food and drink",
@@ -154,7 +160,7 @@ def questions(
 
 
 def list_examples(
-    package_dir: str | Path, task: EmojiTask, *, holdout: float = _HOLDOUT, seed: int = 0, copies: int = 1
+    package_dir: str | Path, task: WorldTask, *, holdout: float = _HOLDOUT, seed: int = 0, copies: int = 1
 ) -> list[Example]:
     """Every conversation of a task; a function of its arguments alone.
 
@@ -183,7 +189,7 @@ def list_examples(
             red, green, blue = random.integers(0, 256, 3).tolist()
             split = split_of(shown[0], holdout)
             if isinstance(subject, Edit):
-                said = _exchange(EDIT.replace("{instruction}", subject.instruction), IMAGE)
+                said = edit_conversation(subject.instruction)
             else:
                 group = groups[subject.code]
                 said = _converse(task, subject, group, peers[split, group], random)
@@ -197,7 +203,7 @@ def prepare_emoji_conversations(
     package_dir: str | Path,
     *,
     tokenizer: str,
-    task: EmojiTask,
+    task: WorldTask,
     holdout: float = _HOLDOUT,
     seed: int = 0,
     copies: int = 1,
@@ -300,35 +306,21 @@ def prepare_emoji_tokenizer(output: str | Path, package_dir: str | Path, vocab_s
         FileNotFoundError: If the packages are missing.
         ValueError: If the size is too small, or the folder has another tokenizer.
     """
-    target = Path(output) / FILE
-    with TemporaryDirectory() as scratch:
-        made = train_tokenizer(_texts(package_dir), scratch, vocab_size)
-        if not target.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_text(target, (made.folder / FILE).read_text(encoding="utf-8"))
-        elif TextTokenizer(output).fingerprint != made.fingerprint:
-            raise ValueError(f"{target} is another tokenizer; choose another output, or remove it")
+    examples = chain.from_iterable(list_examples(package_dir, task) for task in get_args(WorldTask))
+    conversations = (example.conversation for example in examples if example.split == "train")
+    keep_tokenizer(output, conversations, vocab_size)
 
 
 def _converse(
-    task: EmojiTask, emoji: Emoji, group: str, peers: Sequence[Emoji], random: np.random.Generator
+    task: WorldTask, emoji: Emoji, group: str, peers: Sequence[Emoji], random: np.random.Generator
 ) -> Conversation:
     """A conversation about one emoji; see `questions` for the last three."""
-    if task == "reconstruction":
-        return _exchange(RECONSTRUCT, IMAGE)
-    if task == "captioning":
-        return _exchange(DESCRIBE, caption(emoji))
-    if task == "generation":
-        return _exchange(GENERATE.replace("{caption}", caption(emoji)), IMAGE)
-    opening = f"{IMAGE}\n" if task == "understanding" else f"There is {caption(emoji)}.\n"
+    if task not in ("understanding", "text"):
+        return picture_conversation(task, caption(emoji))
     asked = questions(emoji, group, peers, random)
     if task == "text" and _tags(emoji):
         asked.insert(int(random.integers(len(asked) + 1)), ("What does it stand for?", _tags(emoji)))
-    turns: list[Turn] = []
-    for question, answer in asked:
-        turns.append(Turn("user", question if turns else opening + question))
-        turns.append(Turn("assistant", answer))
-    return Conversation(tuple(turns))
+    return question_conversation(task, caption(emoji), asked)
 
 
 def _tags(emoji: Emoji) -> str:
@@ -348,28 +340,10 @@ def _read_groups(package_dir: str | Path) -> dict[str, str]:
     }
 
 
-def _texts(package_dir: str | Path) -> Iterator[str]:
-    """What is said in the "train" split, without placeholders."""
-    conversations = [Conversation((Turn("system", SYSTEM), Turn("user", RANDOM), Turn("assistant", IMAGE)))]
-    for task in get_args(EmojiTask):
-        examples = list_examples(package_dir, task)
-        conversations += [example.conversation for example in examples if example.split == "train"]
-    for conversation in conversations:
-        for turn in conversation.turns:
-            yield f"{turn.role}\n"
-            yield from turn.text.replace(RESOLUTION_TAG, IMAGE).split(IMAGE)
-
-
 def _check_options(task: str, holdout: float, seed: int, copies: int, side: int) -> None:
-    if task not in get_args(EmojiTask):
-        raise ValueError(f"task is '{task}'; it must be one of {', '.join(get_args(EmojiTask))}")
-    if not 0 < holdout < 1:
-        raise ValueError(f"holdout is {holdout}; it is a share, above 0 and below 1")
+    check_task(task)
+    check_holdout(holdout)
     if seed < 0 or copies < 1:
         raise ValueError(f"seed={seed} must be at least 0, copies={copies} at least 1")
     if not 16 <= side <= 256:
         raise ValueError(f"side is {side}; it must be between 16 and 256 pixels")
-
-
-def _exchange(request: str, answer: str) -> Conversation:
-    return Conversation((Turn("user", request), Turn("assistant", answer)))

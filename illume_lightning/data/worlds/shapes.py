@@ -250,10 +250,8 @@ def prepare_shapes(
         output,
         identity,
         lambda: [
-            ShapesPart(
-                range(start, min(start + _PART_ITEMS, count)), seed, split, sizes, min_objects, max_objects
-            )
-            for start in range(0, count, _PART_ITEMS)
+            ShapesPart(indices, seed, split, sizes, min_objects, max_objects)
+            for indices in part_indices(count)
         ],
         chunk_megabytes=chunk_megabytes,
         num_workers=num_workers,
@@ -278,6 +276,11 @@ def check_options(
         )
     if not sizes or min(map(min, sizes)) < 16:
         raise ValueError(f"sizes is {sizes}; give at least one pair of height and width, each from 16 pixels")
+
+
+def part_indices(count: int) -> list[range]:
+    """Numbers of the records of each part."""
+    return [range(count)[start : start + _PART_ITEMS] for start in range(0, count, _PART_ITEMS)]
 
 
 @dataclass(frozen=True)

@@ -3,30 +3,40 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 
-from illume_lightning.data.chat import DESCRIBE, EDIT, GENERATE, RANDOM, RECONSTRUCT, SYSTEM
-from illume_lightning.data.conversation import IMAGE, RESOLUTION_TAG, Conversation, Turn
+from illume_lightning.data.conversation import Conversation
 from illume_lightning.data.conversation_store import make_sample
 from illume_lightning.data.image import encode_png
-from illume_lightning.data.part import Lost, Sample, write_text
+from illume_lightning.data.part import Lost, Sample
 from illume_lightning.data.store import Manifest
-from illume_lightning.data.text_tokenizer import FILE, TextTokenizer, train_tokenizer
-from illume_lightning.data.worlds.shapes import Scene, caption, check_options, draw_scene, render
+from illume_lightning.data.text_tokenizer import TextTokenizer
+from illume_lightning.data.worlds.conversations import (
+    WorldTask,
+    check_task,
+    edit_conversation,
+    keep_tokenizer,
+    picture_conversation,
+    question_conversation,
+)
+from illume_lightning.data.worlds.shapes import (
+    Scene,
+    caption,
+    check_options,
+    draw_scene,
+    part_indices,
+    render,
+)  # fmt: skip
 from illume_lightning.data.worlds.shapes_edits import draw_edit
-from illume_lightning.data.worlds.shapes_questions import Question, questions
+from illume_lightning.data.worlds.shapes_questions import questions
 from illume_lightning.data.writer import write_stores
-
-ShapesTask = Literal["reconstruction", "captioning", "generation", "understanding", "editing", "text"]
 
 QUESTIONS_PER_SCENE = 6
 """Questions of a conversation. A few of all there are: after some of them the rest could be answered from what was
 said, and nothing would be learned from the picture."""
 
-_PART_ITEMS = 1024
 _TOKENIZER_SCENES = 500
 _ATTEMPT = 2**40  # how far apart the numbers of the scenes are that a record may have
 
@@ -67,40 +77,27 @@ class SceneOptions:
             raise ValueError(f"one_object_share is {self.one_object_share}; it must be between 0 and 1")
 
 
-def converse(scene: Scene, task: ShapesTask, random: np.random.Generator) -> Example | None:
+def converse(scene: Scene, task: WorldTask, random: np.random.Generator) -> Example | None:
     """A conversation about a scene.
 
     Returns:
         None if the task is editing and no edit leads to a scene of the same split.
     """
-    if task == "reconstruction":
-        return Example(_exchange(RECONSTRUCT, IMAGE), (scene, scene))
-    if task == "captioning":
-        return Example(_exchange(DESCRIBE, caption(scene)), (scene,))
-    if task == "generation":
-        return Example(_exchange(GENERATE.replace("{caption}", caption(scene)), IMAGE), (scene,))
     if task == "editing":
         edit = draw_edit(scene, random)
-        if edit is None:
-            return None
-        return Example(_exchange(EDIT.replace("{instruction}", edit.instruction), IMAGE), (scene, edit.scene))
-    asked = questions(scene, random)
-    if task == "understanding":
-        return Example(ask(f"{IMAGE}\n", asked[:QUESTIONS_PER_SCENE]), (scene,))
-    asked = [question for question in asked if question.kind != "caption"]
-    return Example(ask(f"There is {caption(scene)}.\n", asked[:QUESTIONS_PER_SCENE]), ())
+        return None if edit is None else Example(edit_conversation(edit.instruction), (scene, edit.scene))
+    if task in ("understanding", "text"):
+        asked = questions(scene, random)
+        if task == "text":  # the caption is there already
+            asked = [question for question in asked if question.kind != "caption"]
+        pairs = [(question.text, question.answer) for question in asked[:QUESTIONS_PER_SCENE]]
+        said = question_conversation(task, caption(scene), pairs)
+    else:
+        said = picture_conversation(task, caption(scene))
+    return Example(said, (scene,) * len(said.is_target))
 
 
-def ask(opening: str, asked: Sequence[Question]) -> Conversation:
-    """Questions and answers in turn; the first question follows the opening, `IMAGE` and a line break for a picture."""
-    turns: list[Turn] = []
-    for question in asked:
-        turns.append(Turn("user", question.text if turns else opening + question.text))
-        turns.append(Turn("assistant", question.answer))
-    return Conversation(tuple(turns))
-
-
-def draw_example(task: ShapesTask, options: SceneOptions, index: int) -> Example:
+def draw_example(task: WorldTask, options: SceneOptions, index: int) -> Example:
     """The example that a record shows; a function of its arguments alone.
 
     Args:
@@ -108,7 +105,7 @@ def draw_example(task: ShapesTask, options: SceneOptions, index: int) -> Example
         options: which scenes are drawn.
         index: number of the record, 0 to 2^40 - 1.
     """
-    random = _random(options.seed, index, get_args(ShapesTask).index(task))
+    random = _random(options.seed, index, get_args(WorldTask).index(task))
     limits = (options.min_objects, options.max_objects)
     if random.random() < options.one_object_share:
         limits = (1, 1)
@@ -126,7 +123,7 @@ def prepare_shapes_conversations(
     output: str | Path,
     *,
     tokenizer: str,
-    task: ShapesTask,
+    task: WorldTask,
     count: int,
     seed: int = 0,
     split: str = "train",
@@ -163,8 +160,7 @@ def prepare_shapes_conversations(
         FileNotFoundError: If the folder has no tokenizer.
         ValueError: If an option is out of range, or `output` holds something else.
     """
-    if task not in get_args(ShapesTask):
-        raise ValueError(f"task is '{task}'; it must be one of {', '.join(get_args(ShapesTask))}")
+    check_task(task)
     sizes = tuple((int(height), int(width)) for height, width in sizes)
     check_options(count, seed, split, sizes, min_objects, max_objects)
     scenes = SceneOptions(seed, split, min_objects, max_objects, one_object_share)
@@ -178,10 +174,7 @@ def prepare_shapes_conversations(
         output,
         identity,
         lambda: [
-            ConversationsPart(
-                range(start, min(start + _PART_ITEMS, count)), task, scenes, sizes, text_tokenizer
-            )
-            for start in range(0, count, _PART_ITEMS)
+            ConversationsPart(indices, task, scenes, sizes, text_tokenizer) for indices in part_indices(count)
         ],
         chunk_megabytes=chunk_megabytes,
         num_workers=num_workers,
@@ -194,7 +187,7 @@ class ConversationsPart:
     """Some numbers of the conversations that `prepare_shapes_conversations` writes."""
 
     indices: range
-    task: ShapesTask
+    task: WorldTask
     options: SceneOptions
     sizes: tuple[tuple[int, int], ...]
     tokenizer: TextTokenizer
@@ -209,7 +202,7 @@ class ConversationsPart:
         for index in self.indices:
             conversation, scenes = draw_example(self.task, self.options, index)
             # A stream of its own: the scenes do not change with the list of sizes.
-            random = _random(self.options.seed, index, len(get_args(ShapesTask)))
+            random = _random(self.options.seed, index, len(get_args(WorldTask)))
             size = self.sizes[random.integers(len(self.sizes))]
             images = [encode_png(render(scene, *size), compress_level=1) for scene in scenes]
             yield make_sample(str(index), conversation, images, [size] * len(images), self.tokenizer)
@@ -225,30 +218,12 @@ def prepare_shapes_tokenizer(output: str | Path, vocab_size: int = 512) -> None:
     Raises:
         ValueError: If the size is too small, or the folder has another tokenizer.
     """
-    target = Path(output) / FILE
-    with TemporaryDirectory() as scratch:
-        made = train_tokenizer(_texts(), scratch, vocab_size)
-        if not target.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_text(target, (made.folder / FILE).read_text(encoding="utf-8"))
-        elif TextTokenizer(output).fingerprint != made.fingerprint:
-            raise ValueError(f"{target} is another tokenizer; choose another output, or remove it")
-
-
-def _texts() -> Iterator[str]:
-    """What is said in this world, without placeholders."""
-    conversations = [Conversation((Turn("system", SYSTEM), Turn("user", RANDOM), Turn("assistant", IMAGE)))]
-    for task in get_args(ShapesTask):
-        for index in range(_TOKENIZER_SCENES):
-            conversations.append(draw_example(task, SceneOptions(), index).conversation)
-    for conversation in conversations:
-        for turn in conversation.turns:
-            yield f"{turn.role}\n"
-            yield from turn.text.replace(RESOLUTION_TAG, IMAGE).split(IMAGE)
-
-
-def _exchange(request: str, answer: str) -> Conversation:
-    return Conversation((Turn("user", request), Turn("assistant", answer)))
+    conversations = (
+        draw_example(task, SceneOptions(), index).conversation
+        for task in get_args(WorldTask)
+        for index in range(_TOKENIZER_SCENES)
+    )
+    keep_tokenizer(output, conversations, vocab_size)
 
 
 def _random(seed: int, index: int, stream: int) -> np.random.Generator:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from illume_lightning.data.bucket import Shapes, target_size
+from illume_lightning.data.latest import Latest
 from illume_lightning.data.plan import DatasetSource, Plan
 from illume_lightning.data.schedule import Phase, Schedule
 from illume_lightning.image_layout import image_layout
@@ -112,6 +113,7 @@ class PackPlan:
         self._plans = [
             self._plan_of(index, seed, shuffle_window) for index in range(len(self.schedule.phases))
         ]
+        self._rows = Latest(self._make_rows)
 
     def batch(self, step: int, micro_batch: int, rank: int, world_size: int) -> MicroBatchItems:
         """Rows of one micro-batch on one device.
@@ -125,16 +127,21 @@ class PackPlan:
         Raises:
             ValueError: if there is no such step.
         """
-        phase_index = self.schedule.phase_index(step)
-        num_groups = self.schedule.phases[phase_index].accumulation(world_size) * world_size
-        items = self.samples(step)
-        rows = pack([item.length for item in items], self.row_tokens, num_groups)
+        phase = self.schedule.phases[self.schedule.phase_index(step)]
+        num_groups = phase.accumulation(world_size) * world_size
+        rows, num_supervised = self._rows(step, num_groups)
         per_group = len(rows) // num_groups
         # Rows are sorted by length, so those that run at the same time on all devices are alike.
         mine = rows[(micro_batch * world_size + rank) * per_group :][:per_group]
-        measures = self._measures[phase_index]
+        return MicroBatchItems(mine, num_supervised)
+
+    def _make_rows(self, step: int, num_groups: int) -> tuple[list[list[PackItem]], int]:
+        """All rows of a training step, and how many of their tokens are predicted."""
+        items = self.samples(step)
+        packed = pack([item.length for item in items], self.row_tokens, num_groups)
+        measures = self._measures[self.schedule.phase_index(step)]
         total = sum(int(measures[item.dataset].supervised[item.index]) for item in items)
-        return MicroBatchItems([[items[number] for number in row] for row in mine], total)
+        return [[items[number] for number in row] for row in packed], total
 
     def samples(self, step: int) -> list[PackItem]:
         """All conversations of a training step, on all devices.
@@ -240,9 +247,7 @@ def image_size(phase: Phase, is_generation: bool, height: int, width: int) -> Si
     """
     if phase.mode == "any_resolution" and not is_generation:
         return SizedImage(any_resolution(height, width, phase.side), True)
-    if phase.mode == "any_resolution":
-        side = phase.generation_side or phase.side
-        phase = Phase(1, "multi_ratio", side, 1, 1, phase.size_step)
+    phase = phase.generating
     size = target_size(phase, ratio_sizes(phase.side, phase.size_step), height, width)
     return None if size is None else SizedImage(size, False)
 

@@ -11,13 +11,14 @@ order that all its lanes share and shuffles within windows, so that a store far 
 Every phase begins new passes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from illume_lightning.data.bucket import Shapes, assign_buckets
+from illume_lightning.data.latest import Latest
 from illume_lightning.data.schedule import Phase, Schedule
 from illume_lightning.resolution import MAX_CROP, Size, any_resolution
 
@@ -98,9 +99,9 @@ class Plan:
         weights = np.array([[dataset.weight] for dataset in self.datasets])
         shares = [buckets.counts / buckets.counts.sum(axis=1, keepdims=True) for buckets in self._buckets]
         self._rates_of = [weights / weights.sum() * share for share in shares]
-        self._lanes = _Latest(self._make_lanes)
-        self._bucket_order = _Latest(self._make_bucket_order)
-        self._step = _Latest(self._make_step)
+        self._lanes = Latest(self._make_lanes)
+        self._bucket_order = Latest(self._make_bucket_order)
+        self._step = Latest(self._make_step)
 
     def batch(self, step: int, micro_batch: int, rank: int, world_size: int) -> list[PlanItem]:
         """Samples of one micro-batch on one device; all of them have one size, on all devices.
@@ -268,8 +269,8 @@ class _Lane:
             chunk_ids[samples], return_index=True, return_counts=True
         )
         self._chunk_key, self._window_key = chunk_key, window_key
-        self._chunk_order = _Latest(self._make_chunk_order)
-        self._latest_window = _Latest(self._make_window)
+        self._chunk_order = Latest(self._make_chunk_order)
+        self._latest_window = Latest(self._make_window)
 
     def at(self, occurrences: np.ndarray) -> np.ndarray:
         """Records (k,) at rising occurrences (k,) of the lane, counted from 0 through all passes."""
@@ -347,17 +348,3 @@ def _bits(*key: int) -> np.random.PCG64:
 
 def _generator(*key: int) -> np.random.Generator:
     return np.random.Generator(_bits(*key))
-
-
-class _Latest:
-    """A function that remembers its last result."""
-
-    def __init__(self, make: Callable[..., Any]) -> None:
-        self._make = make
-        self._key: tuple[int, ...] | None = None
-        self._value: Any = None
-
-    def __call__(self, *key: int) -> Any:
-        if key != self._key:
-            self._value, self._key = self._make(*key), key
-        return self._value

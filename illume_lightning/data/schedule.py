@@ -49,6 +49,14 @@ class Phase:
             return self.side**2
         return max(height * width for height, width in ratio_sizes(self.side, self.size_step))
 
+    @property
+    def generating(self) -> "Phase":
+        """The sizes that pictures to generate or edit have in this phase, as a phase; equal where they are."""
+        mode, side = self.mode, self.side
+        if mode == "any_resolution":
+            mode, side = "multi_ratio", self.generation_side or self.side
+        return Phase(1, mode, side, 1, 1, self.size_step)
+
     def accumulation(self, world_size: int) -> int:
         """Micro-batches that every device runs for one training step.
 

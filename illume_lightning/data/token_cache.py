@@ -14,14 +14,6 @@ KIND = "tokens"
 """The manifest's ``kind`` of such a store."""
 
 
-def generation_phase(phase: Phase) -> Phase:
-    """A phase with the sizes that pictures to generate have in another; equal where those are equal."""
-    mode, side = phase.mode, phase.side
-    if mode == "any_resolution":
-        mode, side = "multi_ratio", phase.generation_side or phase.side
-    return Phase(1, mode, side, 1, 1, phase.size_step)
-
-
 def pack_codes(semantic: np.ndarray, pixel: np.ndarray) -> bytes:
     """One image's record: both grids (h1, w1) and (h2, w2), row by row, in little-endian int32."""
     return b"".join(np.ascontiguousarray(codes, dtype="<i4").tobytes() for codes in (semantic, pixel))
@@ -62,7 +54,7 @@ class TokenCache(Store):
 
     def fits(self, phase: Phase) -> bool:
         """Whether the pictures that a phase generates have these sizes."""
-        return generation_phase(phase) == self._phase
+        return phase.generating == self._phase
 
     def codes(self, record: int, image: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Semantic and pixel codes, row by row; none for an image that is only input.

@@ -52,13 +52,13 @@ def prepare_tokens(
     # Only now: `--help` shall not wait for torch and lightning.
     from illume_lightning.data.conversation_store import ConversationStore
     from illume_lightning.data.schedule import Phase, Schedule
-    from illume_lightning.data.token_cache import KIND, generation_phase
+    from illume_lightning.data.token_cache import KIND
     from illume_lightning.data.writer import write_stores
     from illume_lightning.host_memory import keep_freed_memory
     from illume_lightning.lit.token_encoder import TokenEncoder, TokenPart
 
     (phase,) = Schedule([Phase(1, mode, side, 1, 1, size_step)]).phases
-    phase = generation_phase(phase)
+    phase = phase.generating
     conversations = ConversationStore(store)
     if not conversations.images[:, 0].any():
         raise ValueError(f"no conversation of {store} generates an image; there is nothing to tokenise")

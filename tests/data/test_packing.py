@@ -3,6 +3,7 @@ import random
 import numpy as np
 import pytest
 
+from illume_lightning.data import packing
 from illume_lightning.data.packing import (
     ConversationSource,
     PackPlan,
@@ -88,6 +89,16 @@ def test_devices_share_a_step_whatever_their_number(world_size):
         assert len({group.num_supervised for group in groups}) == 1
         assert len({len(group.rows) for group in groups}) == 1
         assert all(sum(item.length for item in row) <= 300 for group in groups for row in group.rows)
+
+
+def test_a_step_is_packed_once_for_all_its_micro_batches(monkeypatch):
+    plan = PackPlan([Phase(8, "fixed", 64, 12, 3)], [source()], VOCABULARY, row_tokens=200)
+    packed = []
+    monkeypatch.setattr(packing, "pack", lambda *arguments: packed.append(1) or pack(*arguments))
+    for step in range(3):
+        for number in range(4):
+            plan.batch(step, number, 0, 1)
+    assert len(packed) == 3
 
 
 def test_every_pass_takes_each_conversation_once():

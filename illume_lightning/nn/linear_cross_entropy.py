@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from illume_lightning.nn.matmul import product
+
 # Logits held at a time, 256 MiB of fp32: few enough to fit anywhere, enough to keep the products busy.
 _CHUNK_LOGITS = 2**26
 # Rows of a table per product: a tile that stays in the cache on the CPU, one that fills the device elsewhere.
@@ -219,20 +221,12 @@ def _zeros(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _split(tables: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[_Tile]:
     """Tiles of all tables in the order of the ids."""
     size = _CPU_TILE_ROWS if tables[0].device.type == "cpu" else _TILE_ROWS
-    starts = accumulate((len(table) for table in tables), initial=0)
+    starts = accumulate((len(table) for table in tables[:-1]), initial=0)
     return [
         _Tile(start + k, table[k : k + size], None if gradient is None else gradient[k : k + size])
-        for start, table, gradient in zip(starts, tables, gradients, strict=False)
+        for start, table, gradient in zip(starts, tables, gradients, strict=True)
         for k in range(0, len(table), size)
     ]
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Product a @ b.T of (p, q) and (r, q)."""
-    if a.device.type == "cpu" and a.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        # torch.mm takes MKL for fp32, which runs at half of oneDNN's speed on AMD.
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], None)
-    return a @ b.t()
 
 
 def _normalise(
@@ -258,7 +252,7 @@ def _normalise(
     sums = torch.empty_like(maxima)
     target_logits = torch.full_like(maxima[0], -torch.inf)
     for k, tile in enumerate(tiles):
-        scores = _product(tile.rows, x).to(dtype)
+        scores = product(tile.rows, x).to(dtype)
         index, is_here = tile.locate(targets)
         target_logits = torch.where(is_here, scores.gather(0, index[None])[0], target_logits)
         torch.amax(scores, 0, out=maxima[k])
@@ -300,8 +294,8 @@ def _differentiate(
         gradient[index, columns] -= weights * is_here
         gradient = gradient.to(x.dtype)
         if tile.gradient is not None:
-            tile.gradient.add_(_product(gradient, x_transposed))
+            tile.gradient.add_(product(gradient, x_transposed))
         if hidden_gradient is not None:
-            total.add_(_product(tile.rows.t(), gradient.t()))
+            total.add_(product(tile.rows.t(), gradient.t()))
     if hidden_gradient is not None:
         hidden_gradient.copy_(total.t())

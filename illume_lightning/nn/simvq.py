@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from illume_lightning.nn.matmul import product
+
 # Codes per block of the search. Only a block's best score is kept in the first pass; a smaller block makes
 # the second pass cheaper and the list of block scores longer.
 _BLOCK = 64
@@ -75,16 +77,8 @@ def _score_blocks(tokens: Tensor, codes: Tensor, norms: Tensor, out: Tensor) -> 
         tile[size:, dim] = -torch.inf
         blocks = slice(k // _BLOCK, (k + len(tile)) // _BLOCK)
         for t in range(0, len(tokens), num_tokens):
-            scores = _products(tile, tokens[t : t + num_tokens])
+            scores = product(tile, tokens[t : t + num_tokens])
             torch.amax(scores.unflatten(0, (-1, _BLOCK)), 1, out=out[blocks, t : t + num_tokens])
-
-
-def _products(codes: Tensor, tokens: Tensor) -> Tensor:
-    """Inner products (K, N) of fp32 codes (K, D) and tokens (N, D)."""
-    if codes.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        # torch.mm takes MKL for fp32, which runs at half of oneDNN's speed on AMD.
-        return torch.ops.mkldnn._linear_pointwise(codes, tokens, None, "none", [], None)
-    return codes @ tokens.t()
 
 
 def _score_error(tokens: Tensor, largest_norm: Tensor) -> Tensor:

@@ -338,7 +338,7 @@ def test_edits_in_lines_beside_conversations(root: Path, tokenizer: str) -> None
 
 def test_conversations_in_parquet(root: Path, tokenizer: str) -> None:
     records = [{**record, "images": [{"bytes": png(n), "path": f"{n}.png"} for n in numbers]}
-               for record, numbers in zip(GOOD[:3], IMAGES, strict=False)]  # fmt: skip
+               for record, numbers in zip(GOOD[:3], IMAGES[:3], strict=True)]  # fmt: skip
     for record in records:
         record.pop("image", None)
         record.pop("id", None)

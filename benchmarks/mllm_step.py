@@ -48,7 +48,7 @@ def build(trunk: dict[str, int], vocabulary: Vocabulary) -> MLLM:
     pixel = PixelEncoder(
         16, [1, 1, 2, 4, 8], num_res_blocks=1, attention_levels=[], latent_channels=8, norm_groups=4
     )
-    return MLLM(build_trunk(**trunk), vocabulary, tower, pixel.requires_grad_(False), num_slots=256)
+    return MLLM(build_trunk(**trunk), vocabulary, tower, pixel.requires_grad_(False), slot_grid=8)
 
 
 def read_batches(folder: Path, vocabulary: Vocabulary, steps: int) -> dict[str, list[PackedBatch]]:

@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from illume_lightning.resolution import Grids, Size, grids
+from illume_lightning.resolution import PIXEL_STRIDE, Grids, Size, grids
 from illume_lightning.vocabulary import Vocabulary
+
+SLOT_STEPS = 64
+"""Places of cells are told apart in this many steps of the height and of the width: the largest grid's."""
+NUM_SLOTS = 2 * SLOT_STEPS**2
+"""Slots of both branches, numbered from 1."""
 
 
 @dataclass(frozen=True)
@@ -16,24 +21,23 @@ class ImageLayout:
     """The tokens of one picture, from start of image to end of image.
 
     Semantic rows first, then pixel rows, each row closed by an end of line. Where a picture is input, its cells
-    hold continuous features instead of codes; the markers are the same.
-
-    Raises:
-        ValueError: if a side is not a multiple of 16.
+    hold continuous features instead of codes; the markers are the same. ``image_layout`` makes it for a size.
     """
 
-    height: int
-    """Of the picture that the codes stand for, in pixels."""
-
-    width: int
-    """Of the picture that the codes stand for, in pixels."""
+    grids: Grids
+    """Rows and columns of both code grids."""
 
     vocabulary: Vocabulary
 
-    @cached_property
-    def grids(self) -> Grids:
-        """Rows and columns of both code grids."""
-        return grids(self.height, self.width)
+    @property
+    def height(self) -> int:
+        """Of the picture that the codes stand for, in pixels."""
+        return self.grids.pixel[0] * PIXEL_STRIDE
+
+    @property
+    def width(self) -> int:
+        """Of the picture that the codes stand for, in pixels."""
+        return self.grids.pixel[1] * PIXEL_STRIDE
 
     @cached_property
     def allowed(self) -> tuple[range, ...]:
@@ -72,6 +76,27 @@ class ImageLayout:
     def pixel_slots(self) -> tuple[int, ...]:
         """Positions of the pixel grid's cells, row by row."""
         return self._slots(self.vocabulary.pixel_ids)
+
+    @cached_property
+    def slot_ids(self) -> tuple[int, ...]:
+        """Where in the picture every position stands, in shares of its sides: equal at all sizes.
+
+        A cell has the slot of its centre, the end of a line that of the line's right edge; other markers have 0.
+        """
+        vocabulary, slots = self.vocabulary, [0] * self.length
+        for branch, name in enumerate(("semantic", "pixel")):
+            rows, columns = getattr(self.grids, name)
+            position = self.allowed.index(_only(getattr(vocabulary, f"start_of_{name}")))
+            across = [
+                *((2 * column + 1) * SLOT_STEPS // (2 * columns) for column in range(columns)),
+                SLOT_STEPS - 1,
+            ]
+            for row in range(rows):
+                down = (2 * row + 1) * SLOT_STEPS // (2 * rows)
+                for step in across:
+                    position += 1
+                    slots[position] = 1 + (branch * SLOT_STEPS + down) * SLOT_STEPS + step
+        return tuple(slots)
 
     @cached_property
     def template(self) -> tuple[int, ...]:
@@ -146,9 +171,7 @@ def image_layout(size: Size, vocabulary: Vocabulary) -> ImageLayout:
     Raises:
         ValueError: if a side is not a multiple of 16.
     """
-    layout = ImageLayout(*size, vocabulary)
-    assert layout.length  # makes the grids, which checks the size
-    return layout
+    return ImageLayout(grids(*size), vocabulary)
 
 
 def _only(token: int) -> range:

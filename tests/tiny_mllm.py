@@ -18,7 +18,7 @@ VOCABULARY = Vocabulary(50, semantic_codes=64, pixel_codes=96, size_step=16, num
 
 def build_mllm(
     tied: bool = False,
-    num_slots: int = 0,
+    slot_grid: int = 0,
     width: int = 32,
     vocabulary: Vocabulary = VOCABULARY,
     **trunk: Any,
@@ -27,7 +27,7 @@ def build_mllm(
     sizes = {"width": width, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 64, "init_std": 0.2}
     tower = QwenVisionTower(1, 32, 2, 48)
     encoder = PixelEncoder(8, num_res_blocks=1, latent_channels=8, norm_groups=4)
-    return MLLM(build_trunk(**(sizes | trunk)), vocabulary, tower, encoder, tied, num_slots, init_std=0.5)
+    return MLLM(build_trunk(**(sizes | trunk)), vocabulary, tower, encoder, tied, slot_grid, init_std=0.5)
 
 
 class Document(NamedTuple):

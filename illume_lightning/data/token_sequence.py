@@ -43,7 +43,7 @@ class TokenSequence(NamedTuple):
         ids: int64 (L,); code 0 in the cells of images that are input, or yet to be tokenised.
         segments: int64 (L,), numbers in `SEGMENTS`.
         is_supervised: bool (L,), whether the token is predicted.
-        slots: int64 (L,), place within its image counted from 1, 0 outside of images.
+        slots: int64 (L,), as `ImageLayout.slot_ids`, 0 outside of images.
         inputs: images whose cells take continuous features.
         targets: images whose cells are yet to take codes.
     """
@@ -122,6 +122,7 @@ def _uniform(ids: np.ndarray, segment: int, is_supervised: bool) -> _Part:
 
 class _Layout(NamedTuple):
     template: np.ndarray
+    slots: np.ndarray
     segments: np.ndarray
     semantic: np.ndarray
     pixel: np.ndarray
@@ -133,7 +134,8 @@ def _arrays(size: Size, vocabulary: Vocabulary) -> _Layout:
     semantic, pixel = np.array(layout.semantic_slots), np.array(layout.pixel_slots)
     segments = np.full(layout.length, MARKER, dtype=np.int64)
     segments[semantic], segments[pixel] = SEMANTIC, PIXEL
-    return _Layout(np.array(layout.template, dtype=np.int64), segments, semantic, pixel)
+    template, slots = np.array(layout.template), np.array(layout.slot_ids)
+    return _Layout(template, slots, segments, semantic, pixel)
 
 
 def _image(layout: _Layout, codes: Codes | None, vocabulary: Vocabulary, is_supervised: bool) -> _Part:
@@ -142,4 +144,4 @@ def _image(layout: _Layout, codes: Codes | None, vocabulary: Vocabulary, is_supe
         ids = ids.copy()
         ids[layout.semantic] = codes[0] + vocabulary.semantic_ids.start
         ids[layout.pixel] = codes[1] + vocabulary.pixel_ids.start
-    return _Part(ids, layout.segments, np.full(len(ids), is_supervised), np.arange(1, len(ids) + 1))
+    return _Part(ids, layout.segments, np.full(len(ids), is_supervised), layout.slots)

@@ -15,10 +15,12 @@ from transformers import Qwen2Config, Qwen2Model
 from transformers.utils import is_flash_attn_2_available
 from transformers.vision_utils import get_vision_position_ids
 
+from illume_lightning.nn.key_value_cache import KeyValueCache
 from illume_lightning.nn.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 from illume_lightning.nn.pixel import PixelEncoder
 from illume_lightning.nn.segmented import SegmentedEmbedding, SegmentedHead
 from illume_lightning.nn.semantic import MERGE, QwenVisionTower, patchify
+from illume_lightning.nn.slot_embedding import SlotEmbedding
 from illume_lightning.vocabulary import Vocabulary
 
 Attention = Literal["sdpa", "flash_attention_2", "auto"]
@@ -108,8 +110,8 @@ class MLLM(nn.Module):
         semantic_encoder: vision tower; its raw merger output is the semantic feature.
         pixel_encoder: its output, before the tokenizer's ``pixel_quant_conv``, is the pixel feature.
         tied: the head uses the embedding's rows (Qwen2.5-3B).
-        num_slots: where positive, a learned vector is added at each of so many places within a picture, to
-            features and codes alike. Neither the paper nor the official release has it.
+        slot_grid: where positive, the side of a ``SlotEmbedding``, which tells features and codes alike where in
+            the picture they stand. Neither the paper nor the official release has it.
         init_std: standard deviation of the initial embedding and head.
     """
 
@@ -120,7 +122,7 @@ class MLLM(nn.Module):
         semantic_encoder: QwenVisionTower,
         pixel_encoder: PixelEncoder,
         tied: bool = False,
-        num_slots: int = 0,
+        slot_grid: int = 0,
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
@@ -133,11 +135,7 @@ class MLLM(nn.Module):
         self.pixel_adapter = Adapter(pixel_encoder.latent_channels, width)
         self.semantic_encoder = semantic_encoder
         self.pixel_encoder = pixel_encoder
-        self.slot_embedding: nn.Embedding | None = None
-        if num_slots:
-            # Row 0 means no slot; as the padding row it gets no gradient and stays zero.
-            self.slot_embedding = nn.Embedding(num_slots + 1, width, padding_idx=0)
-            nn.init.zeros_(self.slot_embedding.weight)
+        self.slot_embedding = SlotEmbedding(slot_grid, width) if slot_grid else None
 
     def checkpoint_activations(self) -> None:
         """Keep only the inputs of the trunk's blocks in training, and compute the rest again in the backward pass."""
@@ -189,10 +187,10 @@ class MLLM(nn.Module):
 
         Args:
             ids: (R, T); any id in the slots of features.
-            images: as ``features``. Tokens that follow a cached prefix need only ``embedding``.
+            images: as ``features``.
             semantic_slots: (S,) flat positions of the semantic features.
             pixel_slots: (P,) flat positions of the pixel features.
-            slot_ids: (R, T) places within a picture from 1 on, 0 outside; only a slot embedding uses them.
+            slot_ids: (R, T) as ``ImageLayout.slot_ids``, 0 outside of pictures; only a slot embedding uses them.
 
         Returns:
             (R, T, D).
@@ -216,7 +214,13 @@ class MLLM(nn.Module):
                 )
             adapted = adapter(features.to(adapter.dtype))
             flat = flat.index_copy(0, slots, adapted.to(flat.dtype))
-        embeds = flat.view_as(embeds)
+        return self._placed(flat.view_as(embeds), slot_ids)
+
+    def embed_tokens(self, ids: Tensor, slot_ids: Tensor | None = None) -> Tensor:
+        """Input embeddings where no picture is input, such as in generation; as ``embed``."""
+        return self._placed(self.embedding(ids), slot_ids)
+
+    def _placed(self, embeds: Tensor, slot_ids: Tensor | None) -> Tensor:
         if self.slot_embedding is None:
             return embeds
         if slot_ids is None:
@@ -224,7 +228,12 @@ class MLLM(nn.Module):
         return embeds + self.slot_embedding(slot_ids)
 
     def hidden(
-        self, inputs_embeds: Tensor, position_ids: Tensor, document_ids: Tensor | None = None
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """The trunk's output; a token attends to itself and to what stands before it in its own document.
 
@@ -233,17 +242,23 @@ class MLLM(nn.Module):
             position_ids: (R, T), from 0 in every document.
             document_ids: (R, T), equal within a document, which stands in one piece in one row; -1 is padding,
                 which attends to padding. Without them every row is one document.
+            cache: takes the keys and values, and gives those that the tokens attend to.
+            mask: (R, 1, T, L) instead of documents, true where a token attends to one of the cache.
 
         Returns:
             (R, T, D) after the last norm.
         """
-        attention: dict[str, Any] = {"attention_mask": {"full_attention": None}}
+        attention: dict[str, Any] = {"attention_mask": {"full_attention": mask}}
         if document_ids is not None and self.trunk.config._attn_implementation == "flash_attention_2":
             attention |= document_bounds(document_ids)
         elif document_ids is not None:
             attention["attention_mask"]["full_attention"] = document_mask(document_ids)
         output = self.trunk(
-            inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False, **attention
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=False,
+            **attention,
         )
         return output.last_hidden_state
 

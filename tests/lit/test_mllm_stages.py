@@ -74,7 +74,7 @@ def build(world: Path, stage: type[MLLMStage] = MLLMStage2, lr: float = 2e-3, **
     torch.manual_seed(0)
     rates = dict.fromkeys(stage.rates, lr)
     options = {"tokenizer": str(world / "dualvitok"), "learning_rates": rates} | options
-    return stage(build_mllm(vocabulary=vocabulary(world), num_slots=64), **options)
+    return stage(build_mllm(vocabulary=vocabulary(world), slot_grid=4), **options)
 
 
 def phases(steps: int, batch: int = 8, micro: int = 4, mode: str = "fixed", **options: Any) -> list[Phase]:

@@ -136,6 +136,17 @@ class Vocabulary:
                 )
         return self.height_ids[found[0] - 1], self.width_ids[found[1] - 1]
 
+    def size_of(self, height: int, width: int) -> Size:
+        """Height and width in pixels of two size tokens: the inverse of ``size_tokens``.
+
+        Raises:
+            ValueError: if they are none.
+        """
+        if height not in self.height_ids or width not in self.width_ids:
+            raise ValueError(f"ids {height} and {width} are not a height and a width")
+        sides = height - self.height_ids.start + 1, width - self.width_ids.start + 1
+        return sides[0] * self.size_step, sides[1] * self.size_step
+
     def tokens(self) -> Iterator[str]:
         """Published strings of the vision tokens, in the order of their ids; unused rows have none."""
         yield from MARKERS

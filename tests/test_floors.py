@@ -29,6 +29,7 @@ STANDARD_LIBRARY_ONLY = (
     "illume_lightning/resolution.py",
     "illume_lightning/vocabulary.py",
     "illume_lightning/image_layout.py",
+    "illume_lightning/grammar.py",
 )
 
 FORBIDDEN_TEXT = {

@@ -27,7 +27,7 @@ IGNORED = -100
 
 
 class Compared(NamedTuple):
-    """One quantity of a fixture file, here and as recorded."""
+    """One quantity of a fixture file, here and as recorded: numbers, or ids and masks, which agree exactly."""
 
     path: Path
     quantity: str
@@ -35,8 +35,8 @@ class Compared(NamedTuple):
     recorded: Tensor
 
 
-def compared(directory: Path, device: torch.device) -> Iterator[Compared]:
-    """Everything that the MLLM fixtures of a folder record, computed here in fp32."""
+def recorded_mllms(directory: Path, device: torch.device) -> Iterator[tuple[str, MLLM]]:
+    """NAME and model of every MLLM fixture of a folder, in fp32."""
     for weights in sorted(directory.glob("*_weights.safetensors")):
         name = weights.name.removesuffix("_weights.safetensors")
         config = json.loads((directory / f"{name}_config.json").read_text())
@@ -44,9 +44,13 @@ def compared(directory: Path, device: torch.device) -> Iterator[Compared]:
             continue
         mllm = _build(config, directory, name.replace("mllm", "dualvitok"))
         load_mllm(mllm, weights)
-        mllm = mllm.to(device)
-        for path in sorted(directory.glob(f"{name}_batch*.safetensors")):
-            yield from _batch(mllm, path, device)
+        yield name, mllm.to(device)
+
+
+def compared_batches(mllm: MLLM, directory: Path, name: str, device: torch.device) -> Iterator[Compared]:
+    """Everything that the batch fixtures of a model record, computed here in fp32."""
+    for path in sorted(directory.glob(f"{name}_batch*.safetensors")):
+        yield from _batch(mllm, path, device)
 
 
 def _build(config: Mapping[str, Any], directory: Path, tokenizer_name: str) -> MLLM:
@@ -100,7 +104,7 @@ def _pack(recorded: Mapping[str, Tensor], vocabulary: Vocabulary, device: torch.
         for token, label in zip(ids.tolist(), labels.tolist(), strict=True):
             place = len(columns["ids"])
             if token == IMAGE_ID:
-                image = _picture(recorded, sample, device)
+                image = picture(recorded, sample, device)
                 layout = image_layout((image.shape[-2], image.shape[-1]), vocabulary)
                 images.append(image)
                 columns["ids"].extend(layout.template)
@@ -120,7 +124,8 @@ def _pack(recorded: Mapping[str, Tensor], vocabulary: Vocabulary, device: torch.
     return _Packed(images=images, **tensors)
 
 
-def _picture(recorded: Mapping[str, Tensor], sample: int, device: torch.device) -> Tensor:
+def picture(recorded: Mapping[str, Tensor], sample: int, device: torch.device) -> Tensor:
+    """A sample's picture, (1, 3, H, W) in [-1, 1]."""
     return recorded[f"image{sample}_u8"].to(device).float() / 127.5 - 1
 
 
@@ -142,7 +147,7 @@ def _batch(mllm: MLLM, path: Path, device: torch.device) -> Iterator[Compared]:
 def _features(mllm: MLLM, recorded: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Features of every sample's picture; samples without one have a blank picture in the official batch."""
     images = [
-        _picture(recorded, sample, device)
+        picture(recorded, sample, device)
         if f"image{sample}_u8" in recorded
         else torch.zeros(1, 3, 256, 256, device=device)
         for sample in range(len(recorded["input_ids"]))

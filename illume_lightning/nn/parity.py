@@ -3,7 +3,8 @@
 A fixture folder holds, for any name NAME, size and seed: ``NAME_weights.safetensors``, ``NAME_config.json``,
 ``NAME_{H}x{W}[...].safetensors`` (one forward pass each), ``NAME_intermediates_{H}x{W}.safetensors``,
 ``NAME_grads_{H}x{W}.safetensors``, files of single parts (quantiser, noise, discriminator), and those of an MLLM
-(``mllm_parity``). Users check a new device or library version with ``illume parity DIR --device ...``.
+(``mllm_parity``, ``generation_parity``). Users check a new device or library version with
+``illume parity DIR --device ...``.
 """
 
 import json
@@ -20,7 +21,8 @@ from torch import Tensor
 from illume_lightning.nn.checkpoints import build_official
 from illume_lightning.nn.discriminator import PatchDiscriminator
 from illume_lightning.nn.dualvitok import DualViTok
-from illume_lightning.nn.mllm_parity import compared
+from illume_lightning.nn.generation_parity import compared_generations
+from illume_lightning.nn.mllm_parity import compared_batches, recorded_mllms
 from illume_lightning.nn.noise import NoiseKind, TokenNoise
 from illume_lightning.nn.semantic import patchify
 from illume_lightning.nn.simvq import SimVQ
@@ -38,8 +40,8 @@ class Check:
         fixture: file that holds the recorded tensor.
         quantity: its name there.
         error: largest absolute difference over the largest absolute recorded value; for indices the share
-            of positions that differ, near-ties apart.
-        is_index: whether the quantity is a grid of code ids.
+            of positions that differ, near-ties of codes apart.
+        is_index: whether the quantity is ids, or which of them may come.
     """
 
     fixture: str
@@ -129,19 +131,31 @@ def _checks(directory: Path, device: torch.device) -> Iterator[Check]:
         for path in sorted(directory.glob(pattern)):
             if not path.name.endswith("_grads.safetensors"):
                 yield from part(path, device)
-    for quantity in compared(directory, device):
-        yield _compare(*quantity)
+    for name, mllm in recorded_mllms(directory, device):
+        for compared in (compared_batches, compared_generations):
+            for quantity in compared(mllm, directory, name, device):
+                is_exact = not quantity.recorded.is_floating_point()
+                yield (_compare_exactly if is_exact else _compare)(*quantity)
 
 
 def _compare(path: Path, quantity: str, ours: Tensor | None, recorded: Tensor) -> Check:
     assert ours is not None, quantity
+    _check_shapes(path, quantity, ours, recorded)
     ours, recorded = ours.detach().double().cpu(), recorded.double()
+    scale = recorded.abs().max().clamp_min(1e-12)
+    return Check(path.name, quantity, float((ours - recorded).abs().max() / scale))
+
+
+def _compare_exactly(path: Path, quantity: str, ours: Tensor, recorded: Tensor) -> Check:
+    _check_shapes(path, quantity, ours, recorded)
+    return Check(path.name, quantity, float((ours.cpu() != recorded).double().mean()), is_index=True)
+
+
+def _check_shapes(path: Path, quantity: str, ours: Tensor, recorded: Tensor) -> None:
     if ours.shape != recorded.shape:
         raise ValueError(
             f"{path.name}: {quantity} is {tuple(ours.shape)} here, {tuple(recorded.shape)} there."
         )
-    scale = recorded.abs().max().clamp_min(1e-12)
-    return Check(path.name, quantity, float((ours - recorded).abs().max() / scale))
 
 
 def _compare_indices(path: Path, quantity: str, ours: Tensor, recorded: Tensor, margin: Tensor) -> Check:

@@ -23,6 +23,8 @@ def test_every_fixture_is_reproduced(parity_dir: Path) -> None:
     assert {
         "mllm_tiny_batch_anyres.safetensors",
         "mllm_tiny_batch_anyres_grads.json",
+        "mllm_tiny_generation.json",
+        "mllm_tiny_generation.safetensors",
         "noise_injection.safetensors",
         "patchgan_tiny.safetensors",
         "simvq_98304.safetensors",
@@ -54,6 +56,48 @@ def test_a_wrong_weight_of_the_mllm_is_noticed(parity_dir: Path, tmp_path: Path)
     missed = {quantity for quantity, is_passed in passed.items() if not is_passed}
     assert missed == {"logits_supervised", "logits_last", "loss"}
     assert passed["projected"] and passed["inputs_embeds"]
+
+
+@pytest.fixture
+def generation_dir(parity_dir: Path, tmp_path: Path) -> Path:
+    """The fixtures of generation, and of the model that it needs."""
+    for name in ("config.json", "weights.safetensors"):
+        shutil.copy(parity_dir / f"dualvitok_tiny_{name}", tmp_path)
+        shutil.copy(parity_dir / f"mllm_tiny_{name}", tmp_path)
+    for name in ("generation.json", "generation.safetensors", "batch_anyres.safetensors"):
+        shutil.copy(parity_dir / f"mllm_tiny_{name}", tmp_path)
+    return tmp_path
+
+
+def test_a_wrong_recorded_generation_is_noticed(generation_dir: Path) -> None:
+    path = generation_dir / "mllm_tiny_generation.json"
+    recorded = json.loads(path.read_text())
+    recorded["trace"]["scripted_mask_trace"]["steps"][5]["allowed"][0][1] -= 1
+    case = recorded["trace"]["apply_sampling"]["cases"][1]
+    row = case["out"][0]
+    row[row.index(None)] = min(score for score in row if score is not None)
+    first, second = recorded["generation"]["t2i_cfg2"], recorded["generation"]["edit_cfg1p5"]
+    first["output_ids"][2] += 1
+    second["steps"][0]["allowed"][0][1] += 1
+    path.write_text(json.dumps(recorded))
+    missed = {check.quantity for check in run(generation_dir) if not check.passed}
+    assert missed == {
+        "scripted_mask_trace",
+        f"apply_sampling {case['temp']:g} {case['top_k']} {case['top_p']:g}: finite",
+        f"apply_sampling {case['temp']:g} {case['top_k']} {case['top_p']:g}",
+        "t2i_cfg2.output_ids",
+        "t2i_cfg2.raw_cond_logits",
+        "t2i_cfg2.processed_scores",
+        "edit_cfg1p5.allowed",
+        "edit_cfg1p5.processed_scores",
+        "edit_cfg1p5.processed_scores: finite",
+    }
+
+
+def test_a_missing_picture_of_a_generation_is_named(generation_dir: Path) -> None:
+    (generation_dir / "mllm_tiny_batch_anyres.safetensors").unlink()
+    with pytest.raises(ValueError, match="a picture of 256 x 320 .* no mllm_tiny_batch"):
+        run(generation_dir)
 
 
 def test_every_official_key_shape_and_dtype_at_full_size(parity_dir: Path) -> None:

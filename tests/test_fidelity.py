@@ -8,7 +8,11 @@ import pytest
 import torch
 from experiment import build_model, parse
 
+from illume_lightning.image_layout import image_layout
+from illume_lightning.lit.prompts import Defaults
 from illume_lightning.nn.diffusion_decoder import SCALE, build_unet
+from illume_lightning.nn.token_sampling import SegmentSampling, TokenSampling
+from illume_lightning.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,7 +136,7 @@ def mllm() -> dict[str, str]:
         "gradient clipping": stages[1].gradient_clip,
         "condition dropout": data["condition_dropout"],
         "unconditional prompt": "the release's" if data["release_prompts"] else "masked",
-        "slot embedding": 0 if model.slot_embedding is None else model.slot_embedding.num_embeddings,
+        "slot embedding": "none" if model.slot_embedding is None else "learned",
     }
     for number, config in configs.items():
         rates = stages[number].learning_rates
@@ -146,7 +150,32 @@ def mllm() -> dict[str, str]:
     return {key: str(value) for key, value in values.items()}
 
 
-PARTS = {"DualViTok": dualvitok, "Diffusion decoder": diffusion_decoder, "MLLM": mllm}
+def generation() -> dict[str, str]:
+    """Sampling of every task, and the order in which the layout has the codes."""
+    defaults, vocabulary = Defaults(), Vocabulary()
+    kinds = {vocabulary.semantic_ids: "semantic", vocabulary.pixel_ids: "pixel"}
+    order = dict.fromkeys(kinds[ids] for ids in image_layout((64, 64), vocabulary).allowed if ids in kinds)
+
+    def described(sampling: TokenSampling) -> str:
+        segments = {"semantic": sampling.semantic, "pixel": sampling.pixel}
+        texts = [f"{name} {s.temperature}, {s.top_k}, {s.top_p}" for name, s in segments.items()]
+        return "; ".join([*texts, f"guidance {sampling.guidance}"])
+
+    assert {defaults.chat.text, defaults.generate.text, defaults.edit.text} == {SegmentSampling(0.0)}
+    return {
+        "order of tokens": ", then ".join(order),
+        "sampling of pictures": described(defaults.generate),
+        "sampling of edits": described(defaults.edit),
+        "sampling of words": "greedy",
+    }
+
+
+PARTS = {
+    "Generation": generation,
+    "DualViTok": dualvitok,
+    "Diffusion decoder": diffusion_decoder,
+    "MLLM": mllm,
+}
 YAMLS = {
     "DualViTok": "paper/dualvitok.yaml",
     "Diffusion decoder": "paper/diffusion_decoder.yaml",
@@ -155,6 +184,8 @@ YAMLS = {
 
 # Rows that other tests hold: test_losses (dropout, eps), test_dualvitok (branch), test_parity (target);
 # test_diffusion_decoder (condition, numbers, guidance), test_diffusion_decoder_module (half size);
+# test_generation_parity and test_token_sampling (formula, filters, temperature), test_grammar (tokens, text),
+# test_generation (batches), test_geometry (size of an edit);
 # test_parity (features), test_mllm_stages (parts, loss), test_packing (long), test_chat (typed tokens, braces).
 ELSEWHERE = {
     "DualViTok": {"LPIPS dropout", "semantic loss", "noise branch", "semantic target"},
@@ -164,6 +195,15 @@ ELSEWHERE = {
         "unconditional branch",
         "latents",
         "half-size input of the tokenizer",
+    },
+    "Generation": {
+        "guidance formula",
+        "filters",
+        "temperature 0",
+        "first tokens of a picture",
+        "text between pictures",
+        "batches of pictures",
+        "size of an edit",
     },
     "MLLM": {
         "continuous features",
@@ -183,7 +223,7 @@ def test_every_row_is_checked_and_true(part: str) -> None:
     assert {key: rows[key] for key in built} == built
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", YAMLS)
 def test_the_named_options_exist(part: str) -> None:
     section = (ROOT / "docs" / "fidelity.md").read_text().split(f"## {part}\n")[1].split("\n## ")[0]
     config = parse(YAMLS[part])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,10 +14,12 @@ from illume_lightning.data.latents import LatentBatch
 from illume_lightning.lit.datamodule import ImageBatch
 from illume_lightning.lit.dualvitok import to_float, to_uint8
 from illume_lightning.lit.reconstruction_metrics import Distance, PictureMetrics
-from illume_lightning.lit.tokenizer import check_cached_codes, fingerprint, load_tokenizer
+from illume_lightning.lit.saved_run import SavedRun
+from illume_lightning.lit.tokenizer import check_cached_codes, check_maker, fingerprint, load_tokenizer
 from illume_lightning.lit.training import TrainingModule
+from illume_lightning.nn.checkpoints import check_state_dict, read_state_dict
 from illume_lightning.nn.condition import ConditionNoise, check_codes, replace_codes
-from illume_lightning.nn.diffusion_decoder import SCALE, DiffusionDecoder, sampling_scheduler
+from illume_lightning.nn.diffusion_decoder import SCALE, DiffusionDecoder, load_decoder, sampling_scheduler
 from illume_lightning.nn.dualvitok import DualCodes, DualViTok
 from illume_lightning.resolution import PIXEL_STRIDE, grids
 
@@ -264,6 +267,33 @@ class DiffusionDecoderModule(TrainingModule):
             "dualvitok": to_uint8(self.tokenizer.decode_codes(codes)),
             "diffusion": to_uint8(self.decode(codes, batch.sample_number.tolist())),
         }
+
+
+def load_diffusion_decoder(path: str | Path, tokenizer: DualViTok) -> DiffusionDecoderModule:
+    """Build and fill a diffusion decoder, frozen and in evaluation mode.
+
+    Args:
+        path: folder of a run, one of its checkpoints, or a published diffusers folder.
+        tokenizer: whose codes it decodes.
+
+    Raises:
+        FileNotFoundError: if there is no such run or folder.
+        ValueError: if it was trained with another tokenizer, or the weights don't fit.
+    """
+    path = Path(path)
+    if (path / "unet").is_dir():
+        module = DiffusionDecoderModule(load_decoder(str(path)), tokenizer="")
+    else:
+        run = SavedRun(path)
+        decoder = run.build(DiffusionDecoder, "model", "init_args", "decoder")
+        sampling = Sampling(**(run.section("model", "init_args", "sampling") or {}))
+        module = DiffusionDecoderModule(decoder, tokenizer="", sampling=sampling)
+        state = read_state_dict(run.checkpoint)
+        check_state_dict(decoder.state_dict(), state, str(run.checkpoint))
+        decoder.load_state_dict(state)
+        check_maker(run.checkpoint, tokenizer)
+    module.fixed["tokenizer"] = tokenizer
+    return module.requires_grad_(False).eval()
 
 
 def encode_at_half_size(images: Tensor, tokenizer: DualViTok) -> DualCodes:

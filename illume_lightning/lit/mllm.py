@@ -1,9 +1,11 @@
 """The MLLM's stages: what trains, at which rate (paper 3.4, Table 1); the step is the same for all."""
 
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -13,11 +15,15 @@ from illume_lightning.data.packed_batch import PackedBatch
 from illume_lightning.lit.dualvitok import to_float
 from illume_lightning.lit.planned_data import replica
 from illume_lightning.lit.token_metrics import TokenMetrics
-from illume_lightning.lit.tokenizer import check_cached_codes, fingerprint, load_tokenizer
+from illume_lightning.lit.tokenizer import check_cached_codes, check_maker, fingerprint, load_tokenizer
 from illume_lightning.lit.training import TrainingModule
 from illume_lightning.nn.dualvitok import DualViTok
 from illume_lightning.nn.linear_cross_entropy import CrossEntropy
 from illume_lightning.nn.mllm import MLLM
+
+if TYPE_CHECKING:
+    from illume_lightning.lit.answers import Answer
+    from illume_lightning.lit.conversation_data import JobBatch
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +83,14 @@ class MLLMStage(TrainingModule):
         if compile:
             mllm.trunk.compile()
         self._metrics: dict[str, TokenMetrics] = {}
+        self.tokenizer_fingerprint: str | None = None
+        """Of the tokenizer that made the codes; none where there are no pictures to generate."""
 
     # -- what trains -----------------------------------------------------------------------------------------
 
+    @abstractmethod
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters of every trained part; none stands in two."""
-        raise NotImplementedError
 
     def _freeze(self) -> None:
         self.model.requires_grad_(False)
@@ -112,8 +120,9 @@ class MLLMStage(TrainingModule):
         return "\n".join(lines)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the stage."""
+        """Remember the stage, and whose codes it learned."""
         checkpoint["stage"] = type(self).__name__
+        checkpoint["tokenizer_fingerprint"] = self.tokenizer_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another stage or model.
@@ -161,9 +170,10 @@ class MLLMStage(TrainingModule):
         if self.trainer.is_global_zero:
             log.info(self.describe())
         maker = getattr(self.trainer.datamodule, "tokenizer_fingerprint", None)
-        if maker is not None and "tokenizer" in self.fixed:
-            own = fingerprint(self.fixed["tokenizer"])
+        own = fingerprint(self.fixed["tokenizer"]) if "tokenizer" in self.fixed else None
+        if maker is not None and own is not None:
             check_cached_codes(maker, own, self.tokenizer_path, "illume prepare tokens")
+        self.tokenizer_fingerprint = maker or own
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """One micro-batch; the loss of a training step is the mean over all its predicted tokens."""
@@ -254,6 +264,28 @@ class MLLMStage(TrainingModule):
     on_test_start = on_validation_start
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
+
+    # -- prediction ------------------------------------------------------------------------------------------
+
+    def predict_step(self, batch: "JobBatch", batch_idx: int, dataloader_idx: int = 0) -> "Iterator[Answer]":
+        """Answers to a job's lines, worked on as they are taken, which the PredictionAnswers callback does.
+
+        Raises:
+            ValueError: if the model was trained on codes of another tokenizer, or there are answers that were
+                made with other settings.
+        """
+        # They import this module.
+        from illume_lightning.lit.illume import Illume, sizes_of
+        from illume_lightning.lit.worker import Settings, Worker
+
+        tokenizer: Any = self.fixed.get("tokenizer")
+        if tokenizer is not None and self.trainer.ckpt_path is not None:
+            check_maker(Path(self.trainer.ckpt_path), tokenizer)
+        data = self.trainer.datamodule
+        given = {**sizes_of(batch.phase), "release_prompts": data.release_prompts}
+        illume = Illume(self.model, data.text_tokenizer, tokenizer, **given)
+        worker = Worker(illume, Settings(seed=data.seed), batch.images)
+        return worker.work(worker.unfinished(batch.lines, batch.folder.finished()))
 
     # -- parts by name ---------------------------------------------------------------------------------------
 

@@ -2,13 +2,11 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from jsonargparse import ArgumentParser
 from torch import nn
 
+from illume_lightning.lit.saved_run import SavedRun
 from illume_lightning.nn.checkpoints import build_official, load_dualvitok
 from illume_lightning.nn.dualvitok import DualViTok
 
@@ -24,17 +22,17 @@ def load_tokenizer(path: str | Path) -> DualViTok:
         ValueError: if the file does not fit the model.
     """
     path = Path(path)
-    run, checkpoint = path, path / "checkpoints" / "last.ckpt"
-    if not path.is_dir():
-        run, checkpoint = path.parent.parent, path
-    if not checkpoint.is_file():
-        raise FileNotFoundError(
-            f"no tokenizer at {path}: train one (`illume fit -c experiments/shapes/dualvitok.yaml`), or give "
-            "the folder of a run, a checkpoint, or a published pytorch_model.bin"
-        )
-    config = run / "config.yaml"
-    is_published = not path.is_dir() and not (path.suffix == ".ckpt" and config.is_file())
-    model = build_official() if is_published else _build(config)
+    if path.is_file() and not (path.suffix == ".ckpt" and (path.parent.parent / "config.yaml").is_file()):
+        model, checkpoint = build_official(), path
+    else:
+        try:
+            run = SavedRun(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"no tokenizer at {path}: train one (`illume fit -c experiments/shapes/dualvitok.yaml`), or give the "
+                "folder of a run, a checkpoint, or a published pytorch_model.bin"
+            ) from error
+        model, checkpoint = run.build(DualViTok, "model", "init_args", "model"), run.checkpoint
     load_dualvitok(model, checkpoint)
     return model.requires_grad_(False).eval()
 
@@ -67,12 +65,16 @@ def check_cached_codes(maker: str, own: str, path: str | None, command: str) -> 
         )
 
 
-def _build(config: Path) -> DualViTok:
-    """The model that a run's saved configuration describes."""
-    section: dict[str, Any] = yaml.safe_load(config.read_text())["model"]["init_args"]["model"]
-    encoder = (section.get("init_args") or {}).get("semantic_encoder")
-    if encoder is not None:
-        encoder["init_args"]["model"]["init_args"]["pretrained"] = None  # the checkpoint has the tower
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(DualViTok, "model")
-    return parser.instantiate_classes(parser.parse_object({"model": section})).model
+def check_maker(checkpoint: Path, tokenizer: nn.Module) -> None:
+    """Refuse a checkpoint that was trained on the codes of another tokenizer.
+
+    Raises:
+        ValueError: names both.
+    """
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    maker, own = saved.get("tokenizer_fingerprint"), fingerprint(tokenizer)
+    if maker not in (None, own):
+        raise ValueError(
+            f"{checkpoint} was trained on codes of another tokenizer (fingerprint {maker[:12]}) than the one given "
+            f"({own[:12]}): the same codes mean different things; give the one it was trained with"
+        )

@@ -1,0 +1,75 @@
+"""What a run left behind: its configuration and its last checkpoint, built into a model again."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+LAST = Path("checkpoints") / "last.ckpt"
+
+
+class SavedRun:
+    """A run's folder, or one of its checkpoints.
+
+    Args:
+        path: the folder, or a file in its folder ``checkpoints``.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint, or no configuration beside it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        self.folder, self.checkpoint = (path, path / LAST) if path.is_dir() else (path.parent.parent, path)
+        config = self.folder / "config.yaml"
+        for file in (self.checkpoint, config):
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{path} is no run: {file} is missing; give the folder of a run of `illume fit`, or one of its "
+                    "checkpoints"
+                )
+        self.config: dict[str, Any] = yaml.safe_load(config.read_text())
+
+    def section(self, *keys: str) -> Any:
+        """A part of the configuration; none where there is none."""
+        found: Any = self.config
+        for key in keys:
+            found = (found or {}).get(key)
+        return found
+
+    def build(self, kind: type[M], *keys: str) -> M:
+        """Make what a part of the configuration describes, with untrained weights.
+
+        Args:
+            kind: class, or base class, of it.
+            keys: where it stands.
+
+        Raises:
+            ValueError: if the run has no such part.
+        """
+        section = self.section(*keys)
+        if section is None:
+            raise ValueError(
+                f"{self.folder} has no {'.'.join(keys)} in its configuration: it is a run of another part"
+            )
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(kind, "part")
+        return parser.instantiate_classes(parser.parse_object({"part": _untrained(section)})).part
+
+
+def _untrained(section: Any, in_tower: bool = False) -> Any:
+    """The same without files of pretrained vision towers: the checkpoint has them."""
+    if isinstance(section, list):
+        return [_untrained(value, in_tower) for value in section]
+    if not isinstance(section, dict):
+        return section
+    return {
+        key: None
+        if in_tower and key == "pretrained"
+        else _untrained(value, in_tower or key == "semantic_encoder")
+        for key, value in section.items()
+    }

@@ -7,7 +7,6 @@ head is computed only for ids that may come. What an answer is does not depend o
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from illume_lightning.grammar import Grammar
 from illume_lightning.nn.answer import Answer, Prompt, Request, Update, without_last
+from illume_lightning.nn.decoding import decoding
 from illume_lightning.nn.key_value_cache import KeyValueCache
 from illume_lightning.nn.mllm import MLLM
-from illume_lightning.nn.token_sampling import SegmentSampling, draw, guide
+from illume_lightning.nn.token_sampling import draw, guide
 
 __all__ = ["Engine", "Prompt", "Request", "Update"]
 
@@ -95,10 +95,13 @@ class Engine:
         self._answers = []
         queue = _Queue(requests)
         try:
-            with _sdpa(self.mllm):
-                while self._admit(queue) or self._answers:
+            while True:
+                # Not around the loop: between updates the model is the caller's.
+                with decoding(self.mllm.trunk):
+                    if not self._admit(queue) and not self._answers:
+                        return
                     self._step()
-                    yield from self._updates()
+                yield from self._updates()
         finally:
             self._cancelled = set()
 
@@ -161,11 +164,10 @@ class Engine:
         """One pass of all sequences, and the next token of every answer."""
         last = self._forward()
         drawn = torch.zeros(len(self._answers), dtype=torch.long, device=self.device)
-        for allowed, members in _grouped(
+        for allowed, numbers in _grouped(
             range(len(self._answers)), lambda n: self._answers[n].grammar.allowed
         ):
-            for sampling, numbers in _grouped(members, lambda n: self._answers[n].sampling):
-                drawn[numbers] = self._draw(last, allowed, sampling, numbers)
+            drawn[numbers] = self._draw(last, allowed, [self._answers[number] for number in numbers])
         words = [number for number, answer in enumerate(self._answers) if not answer.grammar.in_picture]
         read = dict(zip(words, drawn[words].tolist(), strict=True)) if words else {}
         for number, answer in enumerate(self._answers):
@@ -177,48 +179,51 @@ class Engine:
     def _forward(self) -> Tensor:
         """Feed what every sequence has not seen; (n, D) after its last token."""
         width = max(len(answer.pending) for answer in self._answers)
-        ids = torch.zeros(self._num_slots, width, dtype=torch.long)
-        slot_ids, positions = torch.zeros_like(ids), torch.full_like(ids, self.cache.padding)
-        ends = [0] * len(ids)
+        # Ids, slot ids and positions in one tensor, which goes to the device in one copy.
+        fed = torch.zeros(self._num_slots, 3, width, dtype=torch.long, pin_memory=self.device.type == "cuda")
+        fed[:, 2] = self.cache.padding
         drawn: list[tuple[int, Tensor]] = []
         longest = 0
         for answer in self._answers:
             count = len(answer.pending)
+            known = torch.tensor([[id or 0 for id in answer.pending], answer.pending_slot_ids])
             for branch, slot in enumerate(answer.slots):
-                ids[slot, :count] = torch.tensor([id or 0 for id in answer.pending])
-                slot_ids[slot, :count] = torch.tensor(answer.pending_slot_ids)
                 start = answer.lengths[branch]
-                positions[slot, :count] = torch.arange(start, start + count)
-                ends[slot] = count - 1
+                fed[slot, :2, :count] = known
+                fed[slot, 2, :count] = torch.arange(start, start + count)
                 answer.lengths[branch] += count
                 longest = max(longest, start + count)
                 if answer.pending[0] is None:
                     drawn.append((slot, answer.latest))
-        ids, slot_ids, positions = (tensor.to(self.device) for tensor in (ids, slot_ids, positions))
+        ids, slot_ids, positions = fed.to(self.device, non_blocking=True).unbind(1)
         if drawn:
             ids[[slot for slot, _ in drawn], 0] = torch.stack([id for _, id in drawn])
         embeds = self.mllm.embed_tokens(ids, slot_ids)
         mask = self.cache.at(positions, longest)
         hidden = self.mllm.hidden(embeds, positions, cache=self.cache, mask=mask)
-        return hidden[torch.arange(len(ids), device=self.device), torch.tensor(ends, device=self.device)]
+        ends = (positions != self.cache.padding).sum(1) - 1
+        return hidden.take_along_dim(ends[:, None, None], dim=1)[:, 0]
 
-    def _draw(
-        self, last: Tensor, allowed: tuple[range, ...], sampling: SegmentSampling, numbers: Sequence[int]
-    ) -> Tensor:
-        """Next ids of some answers that have the same allowed ids and settings."""
-        answers = [self._answers[number] for number in numbers]
-        span = range(allowed[0].start, allowed[-1].stop)
+    def _draw(self, last: Tensor, allowed: tuple[range, ...], answers: Sequence[Answer]) -> Tensor:
+        """Next ids of some answers that have the same allowed ones."""
+        scores = self._scores(last, allowed, answers)
+        ids = torch.empty(len(answers), dtype=torch.long, device=self.device)
+        for sampling, places in _grouped(range(len(answers)), lambda place: answers[place].sampling):
+            uniforms = torch.stack([answers[place].uniforms[len(answers[place].ids)] for place in places])
+            ids[places] = allowed[0].start + draw(scores[places], sampling, uniforms)
+        return ids
+
+    def _scores(self, last: Tensor, allowed: tuple[range, ...], answers: Sequence[Answer]) -> Tensor:
+        """Logits (n, K), with guidance, over the span of ids that some answers have in common as the allowed ones."""
         guided = [place for place, answer in enumerate(answers) if len(answer.slots) > 1]
         rows = [answer.slots[0] for answer in answers] + [answers[place].slots[1] for place in guided]
+        span = range(allowed[0].start, allowed[-1].stop)
         logits = self.mllm.head.logits(last[rows], span).float()
         scores = logits[: len(answers)]
         if guided:
             scales = torch.tensor([[answers[place].request.sampling.guidance] for place in guided])
             scores[guided] = guide(scores[guided], logits[len(answers) :], scales.to(scores))
-        if len(allowed) > 1:
-            scores = scores.masked_fill(self._mask(allowed), -torch.inf)
-        uniforms = torch.stack([answer.uniforms[len(answer.ids)] for answer in answers])
-        return span.start + draw(scores, sampling, uniforms)
+        return scores if len(allowed) == 1 else scores.masked_fill(self._mask(allowed), -torch.inf)
 
     def _make_mask(self, allowed: tuple[range, ...]) -> Tensor:
         """(K,) over the span of the allowed ids, true where an id is not allowed."""
@@ -275,15 +280,3 @@ def _grouped(numbers: Iterable[int], key: Callable[[int], K]) -> Iterator[tuple[
     for number in numbers:
         groups[key(number)].append(number)
     yield from groups.items()
-
-
-@contextmanager
-def _sdpa(mllm: MLLM) -> Iterator[None]:
-    """FlashAttention's kernels for packed sequences can't read the cache; torch's attention can."""
-    config = mllm.trunk.config
-    before = config._attn_implementation
-    config._attn_implementation = "sdpa"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from illume_lightning.nn.matmul import product
+
 
 class SegmentedEmbedding(nn.Module):
     """Token embedding: parameters ``text`` (Nt, D) and ``vision`` (Nv, D).
@@ -90,5 +92,14 @@ class SegmentedHead(nn.Module):
         if not ids or ids.step != 1 or ids.start < 0 or ids.stop > size:
             raise ValueError(f"logits of {ids}: give a range of ids within 0 to {size - 1}, without steps.")
         parts = text[ids.start : ids.stop], vision[max(ids.start - num_text, 0) : max(ids.stop - num_text, 0)]
-        found = [F.linear(hidden, rows) for rows in parts if len(rows)]
+        multiply = (
+            F.linear
+            if torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type)
+            else _multiply
+        )
+        found = [multiply(hidden, rows) for rows in parts if len(rows)]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+
+def _multiply(hidden: Tensor, rows: Tensor) -> Tensor:
+    return product(hidden.flatten(0, -2), rows).view(*hidden.shape[:-1], -1)

@@ -78,7 +78,7 @@ def restrict(logits: Tensor, sampling: SegmentSampling) -> Tensor:
     """
     scores = logits / (sampling.temperature or 1.0)
     if 0 < sampling.top_k < scores.shape[-1]:
-        last = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+        last = scores.topk(sampling.top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         scores = scores.masked_fill(scores < last, -torch.inf)
     if sampling.top_p < 1:
         falling = scores.sort(dim=-1, descending=True).values

@@ -5,26 +5,25 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, Qwen2Model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from illume_lightning.nn.matmul import product
+from illume_lightning.nn.matmul import PackedProducts
 
 
 @contextmanager
-def decoding(trunk: Qwen2Model) -> Iterator[None]:
-    """Run a trunk on a cache: its attention reads keys and values once, and so do its layers their weights.
+def decoding(trunk: Qwen2Model, multiply: PackedProducts) -> Iterator[None]:
+    """Run a trunk on a cache: its attention reads keys and values once, and its linear layers multiply so.
 
     FlashAttention's kernels for packed sequences can't read the cache; torch's attention can.
     """
     before = trunk.config._attn_implementation
     trunk.config._attn_implementation = _NAME
-    layers = [layer for layer in trunk.modules() if type(layer) is nn.Linear and _is_slow(layer.weight)]
+    layers = [layer for layer in trunk.modules() if type(layer) is nn.Linear] if multiply.is_on else []
     for layer in layers:
-        layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
+        layer.forward = partial(_linear, multiply, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -68,15 +67,8 @@ def cached_attention(
     return output.reshape(count, heads, length, width).transpose(1, 2).contiguous(), None
 
 
-def _is_slow(weight: Tensor) -> bool:
-    """Whether torch's own product of a few rows reads the weights once for every row: MKL, fp32."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    if torch.is_autocast_enabled("cpu"):
-        return F.linear(x, layer.weight, layer.bias)
-    return product(x.flatten(0, -2), layer.weight, layer.bias).view(*x.shape[:-1], -1)
+def _linear(multiply: PackedProducts, layer: nn.Linear, x: Tensor) -> Tensor:
+    return multiply(x, layer.weight, layer.bias)
 
 
 _NAME = "cached"

@@ -17,6 +17,7 @@ from illume_lightning.grammar import Grammar
 from illume_lightning.nn.answer import Answer, Prompt, Request, Update, without_last
 from illume_lightning.nn.decoding import decoding
 from illume_lightning.nn.key_value_cache import KeyValueCache
+from illume_lightning.nn.matmul import PackedProducts
 from illume_lightning.nn.mllm import MLLM
 from illume_lightning.nn.token_sampling import draw, guide
 
@@ -33,12 +34,15 @@ class Engine:
         end_ids: ids that end an answer in words.
         slots: sequences that run side by side; a guided answer takes two.
         context: most tokens of a prompt with its answer.
+        pack: on a CPU keep a second copy of the weights, in the order in which it reads them fastest.
 
     Raises:
         ValueError: if there are too few slots for a guided answer, or the trunk was not made for such a context.
     """
 
-    def __init__(self, mllm: MLLM, end_ids: Sequence[int], slots: int = 16, context: int = 4096) -> None:
+    def __init__(
+        self, mllm: MLLM, end_ids: Sequence[int], slots: int = 16, context: int = 4096, pack: bool = True
+    ) -> None:
         longest = mllm.trunk.config.max_position_embeddings
         if slots < 2:
             raise ValueError(f"{slots} slots: a guided answer takes 2; give at least so many")
@@ -46,6 +50,7 @@ class Engine:
             raise ValueError(f"a context of {context:,} tokens: the language model takes 2 to {longest:,}")
         self.mllm, self.end_ids = mllm.eval(), frozenset(end_ids)
         self.cache = KeyValueCache(mllm.trunk.config, slots, context)
+        self._multiply = PackedProducts(pack)
         self._answers: list[Answer] = []
         self._cancelled: set[int] = set()
         self._mask = lru_cache(maxsize=64)(self._make_mask)
@@ -97,7 +102,7 @@ class Engine:
         try:
             while True:
                 # Not around the loop: between updates the model is the caller's.
-                with decoding(self.mllm.trunk):
+                with decoding(self.mllm.trunk, self._multiply):
                     if not self._admit(queue) and not self._answers:
                         return
                     self._step()
@@ -218,7 +223,7 @@ class Engine:
         guided = [place for place, answer in enumerate(answers) if len(answer.slots) > 1]
         rows = [answer.slots[0] for answer in answers] + [answers[place].slots[1] for place in guided]
         span = range(allowed[0].start, allowed[-1].stop)
-        logits = self.mllm.head.logits(last[rows], span).float()
+        logits = self.mllm.head.logits(last[rows], span, self._multiply).float()
         scores = logits[: len(answers)]
         if guided:
             scales = torch.tensor([[answers[place].request.sampling.guidance] for place in guided])

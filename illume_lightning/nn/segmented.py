@@ -4,11 +4,11 @@ Separate parameters: a part is frozen with ``requires_grad = False`` and has its
 on gradients. Shapes: Nt text rows, Nv vision rows, D width.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from illume_lightning.nn.matmul import product
 
 
 class SegmentedEmbedding(nn.Module):
@@ -73,12 +73,18 @@ class SegmentedHead(nn.Module):
         """Rows of text and of vision, as ``linear_cross_entropy`` takes them."""
         return self._tied[0].tables if self._tied else (self.text, self.vision)
 
-    def logits(self, hidden: Tensor, ids: range | None = None) -> Tensor:
+    def logits(
+        self,
+        hidden: Tensor,
+        ids: range | None = None,
+        multiply: Callable[[Tensor, Tensor], Tensor] = F.linear,
+    ) -> Tensor:
         """Logits of a contiguous range of ids; nothing is computed for the others.
 
         Args:
             hidden: (..., D).
             ids: the range; all ids where not given.
+            multiply: hidden states and rows to logits.
 
         Returns:
             (..., number of ids).
@@ -92,14 +98,5 @@ class SegmentedHead(nn.Module):
         if not ids or ids.step != 1 or ids.start < 0 or ids.stop > size:
             raise ValueError(f"logits of {ids}: give a range of ids within 0 to {size - 1}, without steps.")
         parts = text[ids.start : ids.stop], vision[max(ids.start - num_text, 0) : max(ids.stop - num_text, 0)]
-        multiply = (
-            F.linear
-            if torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type)
-            else _multiply
-        )
         found = [multiply(hidden, rows) for rows in parts if len(rows)]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
-
-
-def _multiply(hidden: Tensor, rows: Tensor) -> Tensor:
-    return product(hidden.flatten(0, -2), rows).view(*hidden.shape[:-1], -1)

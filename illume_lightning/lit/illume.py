@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from illume_lightning.data.schedule import Phase
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.token_sequence import Codes
 from illume_lightning.image_layout import image_layout
-from illume_lightning.lit.diffusion_decoder import DiffusionDecoderModule, load_diffusion_decoder
+from illume_lightning.lit.diffusion_decoder import DiffusionDecoderModule
 from illume_lightning.lit.dualvitok import to_uint8
-from illume_lightning.lit.mllm import LoRA, MLLMStage3
+from illume_lightning.lit.parts import load_decoders, load_published, load_run, place
 from illume_lightning.lit.prompts import (
     Asked,
     Chat,
@@ -30,62 +30,19 @@ from illume_lightning.lit.prompts import (
     Task,
     to_tensor,
 )
+from illume_lightning.lit.reply import Event, Reply
 from illume_lightning.lit.saved_run import SavedRun
-from illume_lightning.lit.tokenizer import check_maker, load_tokenizer
-from illume_lightning.nn.checkpoints import check_state_dict, read_state_dict
+from illume_lightning.lit.tokenizer import check_maker
 from illume_lightning.nn.diffusion_decoder import SCALE
 from illume_lightning.nn.dualvitok import DualCodes, DualViTok
 from illume_lightning.nn.generation import Engine, Request
 from illume_lightning.nn.mllm import MLLM
+from illume_lightning.nn.pixel import PixelEncoder
+from illume_lightning.nn.semantic import QwenVisionTower
 from illume_lightning.nn.token_sampling import TokenSampling
 from illume_lightning.resolution import Size, decoder_size_index, nearest_ratio, ratio_sizes
 
 DecoderName = Literal["dualvitok", "diffusion"]
-
-
-class Reply(NamedTuple):
-    """An answer.
-
-    Args:
-        parts: texts and pictures in order.
-    """
-
-    parts: tuple[str | MadeImage, ...]
-
-    @property
-    def text(self) -> str:
-        """All words of it."""
-        return "".join(part for part in self.parts if isinstance(part, str)).strip()
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """All pictures of it."""
-        return [part.image for part in self.parts if isinstance(part, MadeImage)]
-
-    @property
-    def message(self) -> dict[str, Any]:
-        """The answer as a message, to go on with the conversation; its pictures keep their codes."""
-        content: list[dict[str, Any]] = []
-        for part in self.parts:
-            kind = "text" if isinstance(part, str) else "image"
-            content.append({"type": kind, kind: part})
-        return {"role": "assistant", "content": content}
-
-
-class Event(NamedTuple):
-    """News of one of several tasks."""
-
-    number: int
-    """Of the task, in the order in which tasks came."""
-
-    text: str
-    """New words."""
-
-    picture: float
-    """Share of the picture under way that is there, 0 to 1."""
-
-    reply: Reply | None
-    """The whole answer, with the task's last event."""
 
 
 class Illume:
@@ -102,6 +59,7 @@ class Illume:
         release_prompts: the official release's unconditional prompts, for models that were trained on them.
         slots: sequences that run side by side; a guided answer takes two.
         context: most tokens of a conversation with its answer.
+        pack: as ``Engine``.
     """
 
     def __init__(
@@ -116,13 +74,21 @@ class Illume:
         release_prompts: bool = False,
         slots: int = 16,
         context: int = 4096,
+        pack: bool = True,
     ) -> None:
         self.mllm, self.text_tokenizer = mllm.requires_grad_(False), text_tokenizer
         self.tokenizer, self.diffusion_decoder = tokenizer, diffusion_decoder
         self.prompts = Prompts(
             mllm.vocabulary, text_tokenizer, sizes, max_side, self._codes, defaults, release_prompts
         )
-        self.engine = Engine(mllm, (text_tokenizer.end_of_turn, text_tokenizer.end_of_text), slots, context)
+        ends = text_tokenizer.end_of_turn, text_tokenizer.end_of_text
+        self.engine = Engine(mllm, ends, slots, context, pack)
+
+    @classmethod
+    def load(cls, model: str | Path, *parts: Any, **options: Any) -> "Illume":
+        """``from_official`` for a folder with a ``config.json``, ``from_run`` for what ``illume fit`` trained."""
+        is_published = (Path(model) / "config.json").is_file()
+        return (cls.from_official if is_published else cls.from_run)(model, *parts, **options)
 
     @classmethod
     def from_run(
@@ -151,15 +117,46 @@ class Illume:
         saved = SavedRun(run)
         mllm = load_run(saved)
         tokenizer = tokenizer or saved.section("model", "init_args", "tokenizer")
-        parts = _decoders(tokenizer, diffusion_decoder, device)
+        parts = load_decoders(tokenizer, diffusion_decoder, choose_device(device))
         if parts[0] is not None:
             check_maker(saved.checkpoint, parts[0])
         phase = Phase(**saved.section("curriculum", "phases")[-1])
         data = saved.section("data", "init_args")
         given = {**sizes_of(phase), "release_prompts": bool(data.get("release_prompts"))}
         text_tokenizer = TextTokenizer(data["text_tokenizer"])
-        mllm = mllm.to(choose_device(device), dtype)
+        mllm = place(mllm, choose_device(device), dtype)
         return cls(mllm, text_tokenizer, *parts, **(given | options))
+
+    @classmethod
+    def from_official(
+        cls,
+        folder: str | Path,
+        tokenizer: str | Path | None = None,
+        diffusion_decoder: str | Path | None = None,
+        device: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        towers: tuple[QwenVisionTower, PixelEncoder] | None = None,
+        **options: Any,
+    ) -> "Illume":
+        """Load a published MLLM in origin format, or a folder of ``illume export``.
+
+        Args:
+            folder: ``config.json``, safetensors and the ``tokenizer.json`` that knows the vision tokens.
+            tokenizer: as ``from_run``. Published checkpoints whose vision tower was frozen have none; then its
+                weights are the tokenizer's.
+            diffusion_decoder: as ``from_run``.
+            device: as ``from_run``.
+            dtype: of the language model; bfloat16 is the release's.
+            towers: of the model's sizes; by default the tokenizer's, without one full-size.
+            options: of ``Illume``, instead of the folder's or else the release's.
+
+        Raises:
+            FileNotFoundError: if something is missing; names it.
+            ValueError: if the parts don't belong together.
+        """
+        parts = load_decoders(tokenizer, diffusion_decoder, choose_device(device))
+        mllm, given = load_published(folder, parts[0], towers, choose_device(device), dtype)
+        return cls(mllm, TextTokenizer(folder), *parts, **(given | options))
 
     def run(self, tasks: Iterable[Task], decoder: DecoderName = "dualvitok") -> Iterator[Event]:
         """Work on tasks of any kinds side by side; read one by one as places become free.
@@ -363,22 +360,6 @@ class Illume:
             raise ValueError(f"decoder is {decoder!r}: use 'dualvitok' or 'diffusion'")
 
 
-def load_run(run: SavedRun) -> MLLM:
-    """The language model of a run, with its weights; low-rank matrices are part of it.
-
-    Raises:
-        ValueError: if it is no run of an MLLM stage, or the weights don't fit.
-    """
-    stage = run.section("model", "class_path") or ""
-    mllm = run.build(MLLM, "model", "init_args", "mllm")
-    if (lora := run.section("model", "init_args", "lora")) is not None:
-        MLLMStage3(mllm, 0, LoRA(**lora)).configure_model()
-    state = read_state_dict(run.checkpoint)
-    check_state_dict(mllm.state_dict(), state, f"{run.checkpoint} ({stage.rpartition('.')[2]})")
-    mllm.load_state_dict(state)
-    return mllm
-
-
 def sizes_of(phase: Phase) -> dict[str, Any]:
     """Options of ``Illume`` that follow from the last phase of training: sizes to make, and to look at."""
     making = phase.generating
@@ -392,16 +373,3 @@ def choose_device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def _decoders(
-    tokenizer: str | Path | None, diffusion_decoder: str | Path | None, device: str
-) -> tuple[DualViTok | None, DiffusionDecoderModule | None]:
-    if tokenizer is None:
-        if diffusion_decoder is not None:
-            raise ValueError("a diffusion decoder needs its tokenizer: give that too")
-        return None, None
-    loaded = load_tokenizer(tokenizer).to(choose_device(device))
-    if diffusion_decoder is None:
-        return loaded, None
-    return loaded, load_diffusion_decoder(diffusion_decoder, loaded).to(choose_device(device))

@@ -10,13 +10,14 @@ from torch import nn
 M = TypeVar("M", bound=nn.Module)
 
 LAST = Path("checkpoints") / "last.ckpt"
+CONFIG = "config.yaml"
 
 
 class SavedRun:
-    """A run's folder, or one of its checkpoints.
+    """A run's folder, one of its checkpoints, or weights beside a configuration.
 
     Args:
-        path: the folder, or a file in its folder ``checkpoints``.
+        path: the folder, a file in its folder ``checkpoints``, or a file with ``config.yaml`` beside it.
 
     Raises:
         FileNotFoundError: if there is no checkpoint, or no configuration beside it.
@@ -24,8 +25,9 @@ class SavedRun:
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        self.folder, self.checkpoint = (path, path / LAST) if path.is_dir() else (path.parent.parent, path)
-        config = self.folder / "config.yaml"
+        beside = path.parent if (path.parent / CONFIG).is_file() else path.parent.parent
+        self.folder, self.checkpoint = (path, path / LAST) if path.is_dir() else (beside, path)
+        config = self.folder / CONFIG
         for file in (self.checkpoint, config):
             if not file.is_file():
                 raise FileNotFoundError(
@@ -33,6 +35,11 @@ class SavedRun:
                     "checkpoints"
                 )
         self.config: dict[str, Any] = yaml.safe_load(config.read_text())
+
+    @staticmethod
+    def has_config(file: Path) -> bool:
+        """Whether it is known what model a file of weights belongs to."""
+        return any((folder / CONFIG).is_file() for folder in (file.parent, file.parent.parent))
 
     def section(self, *keys: str) -> Any:
         """A part of the configuration; none where there is none."""

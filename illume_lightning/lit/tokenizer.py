@@ -10,19 +10,24 @@ from illume_lightning.lit.saved_run import SavedRun
 from illume_lightning.nn.checkpoints import build_official, load_dualvitok
 from illume_lightning.nn.dualvitok import DualViTok
 
+PUBLISHED = "pytorch_model.bin"
+
 
 def load_tokenizer(path: str | Path) -> DualViTok:
     """Build and fill a tokenizer, frozen and in evaluation mode.
 
     Args:
-        path: folder of a DualViTok run, one of its checkpoints, or a published ``pytorch_model.bin``.
+        path: folder of a DualViTok run, one of its checkpoints, a published ``pytorch_model.bin``, or a folder of
+            ``illume export``.
 
     Raises:
         FileNotFoundError: if there is no such run or file.
         ValueError: if the file does not fit the model.
     """
     path = Path(path)
-    if path.is_file() and not (path.suffix == ".ckpt" and (path.parent.parent / "config.yaml").is_file()):
+    if (path / PUBLISHED).is_file():
+        path = path / PUBLISHED
+    if path.is_file() and not SavedRun.has_config(path):
         model, checkpoint = build_official(), path
     else:
         try:

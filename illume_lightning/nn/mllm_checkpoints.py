@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from transformers import Qwen2Model
 
 from illume_lightning.nn.checkpoints import check_state_dict, read_state_dict
+from illume_lightning.nn.hollow import WithoutWeights, hollow
 from illume_lightning.nn.mllm import MLLM, Attention, build_trunk
+from illume_lightning.nn.pixel import PixelEncoder
+from illume_lightning.nn.published_vocabulary import vocabulary_from
+from illume_lightning.nn.semantic import QwenVisionTower
+from illume_lightning.vocabulary import MARKERS
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -123,8 +128,76 @@ def load_mllm(mllm: MLLM, path: str | Path) -> list[str]:
     return absent
 
 
+def read_mllm(
+    folder: str | Path,
+    semantic_encoder: QwenVisionTower | None = None,
+    pixel_encoder: PixelEncoder | None = None,
+    attention: Attention = "sdpa",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> MLLM:
+    """Build the MLLM of a published folder in origin format, or of one of ``save_mllm``.
+
+    The trunk's sizes, whether the head is tied, the vocabulary and its unused rows follow from the folder. Weights
+    go one by one from the files to the device; there is no second copy of them.
+
+    Args:
+        folder: ``config.json``, ``model.safetensors`` or its shards and index, and a ``tokenizer.json`` that is
+            extended by the vision tokens.
+        semantic_encoder: a tower of the model's sizes, which is left as it is; by default full size. Its weights
+            are taken only where the folder has none: the official release writes the vision tower into its
+            checkpoints where it was fine-tuned, and elsewhere takes the DualViTok's.
+        pixel_encoder: the same for the pixel branch.
+        attention: as ``build_trunk``.
+        device: of the weights.
+        dtype: of the weights; the angles of rotary embeddings stay fp32.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the folder has another layout, or its parts don't fit; names what differs.
+    """
+    folder = Path(folder)
+    state = _read_folder(folder)
+    if EMBEDDING not in state:
+        raise ValueError(
+            f"{folder} has no {EMBEDDING}, so it is not in the official release's origin format: give the repository "
+            "without '-hf' in its name"
+        )
+    tied = HEAD not in state or bool(
+        json.loads((folder / "config.json").read_text()).get("tie_word_embeddings")
+    )
+    slots = state.get(f"{SLOT_EMBEDDING}weight")
+    with WithoutWeights():
+        mllm = MLLM(
+            trunk_from(folder, attention),
+            vocabulary_from(folder, len(state[EMBEDDING])),
+            QwenVisionTower() if semantic_encoder is None else hollow(semantic_encoder),
+            PixelEncoder() if pixel_encoder is None else hollow(pixel_encoder),
+            tied,
+            0 if slots is None else math.isqrt(len(slots) // 2),
+        )
+    _settle_head(mllm, state, str(folder))
+    for prefix, tower in ((SEMANTIC_ENCODER, semantic_encoder), (PIXEL_ENCODER, pixel_encoder)):
+        if not _has(state, prefix) and tower is not None:
+            state |= {prefix + key: value for key, value in tower.state_dict().items()}
+        elif not _has(state, prefix):
+            raise ValueError(f"{folder} has no weights of {prefix[:-1]}: give the DualViTok, which has them")
+    layout = published_layout(mllm)
+    _check(layout, state, str(folder))
+    names = {id(parameter): name for name, parameter in mllm.named_parameters()}
+    own = {
+        names[id(part)]: rows.to(device, dtype, copy=True)
+        for key, parts in layout.items()
+        for part, rows in zip(parts, state[key].split([len(part) for part in parts]), strict=True)
+    }
+    mllm.load_state_dict(own, assign=True)
+    return mllm.to(device)
+
+
 def save_mllm(mllm: MLLM, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the published origin format: ``config.json`` and safetensors, with an index where there are shards.
+
+    A tokenizer that knows the vision tokens belongs beside them: ``illume export`` writes it.
 
     The folder appears only when all of it is written.
 
@@ -180,15 +253,19 @@ def published_layout(mllm: MLLM) -> dict[str, tuple[Tensor, ...]]:
 
 def _fill(layout: Mapping[str, tuple[Tensor, ...]], state: Mapping[str, Tensor], source: str) -> None:
     """Copy published tensors into the model, after all of them were found to fit."""
+    _check(layout, state, source)
+    with torch.no_grad():
+        for key, parts in layout.items():
+            for part, rows in zip(parts, state[key].split([len(part) for part in parts]), strict=True):
+                part.copy_(rows)
+
+
+def _check(layout: Mapping[str, tuple[Tensor, ...]], state: Mapping[str, Tensor], source: str) -> None:
     own = {
         key: torch.empty(sum(map(len, parts)), *parts[0].shape[1:], device="meta")
         for key, parts in layout.items()
     }
     check_state_dict(own, state, source)
-    with torch.no_grad():
-        for key, parts in layout.items():
-            for part, rows in zip(parts, state[key].split([len(part) for part in parts]), strict=True):
-                part.copy_(rows)
 
 
 def _settle_head(mllm: MLLM, state: dict[str, Tensor], source: str) -> None:
@@ -270,6 +347,10 @@ def _config(mllm: MLLM) -> dict[str, Any]:
         "hidden_act": "silu",
         "vocab_size": mllm.vocabulary.size,
         "text_token_num": mllm.vocabulary.num_text,
+        "special_tokens_ids": [mllm.vocabulary.num_text + number for number in range(len(MARKERS))],
+        "vision_tokenizer_levels": 2,
+        # The vision tower's weights are among these and not the tokenizer's.
+        "unfreeze_mm_vision_tower": True,
         "tie_word_embeddings": mllm.head.is_tied,
         "mm_hidden_size": [mllm.semantic_encoder.out_features, mllm.pixel_encoder.latent_channels],
         "rope_theta": sizes["rope_base"],

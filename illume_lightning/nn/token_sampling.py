@@ -84,7 +84,7 @@ def restrict(logits: Tensor, sampling: SegmentSampling) -> Tensor:
         falling = scores.sort(dim=-1, descending=True).values
         probabilities = falling.softmax(-1)
         # A token is drawn from if those before it don't reach top_p; the first always is.
-        count = (probabilities.cumsum(-1) - probabilities <= sampling.top_p).sum(-1, keepdim=True)
+        count = (_running_sum(probabilities) - probabilities <= sampling.top_p).sum(-1, keepdim=True)
         last = falling.gather(-1, count.clamp(min=1) - 1)
         scores = scores.masked_fill(scores < last, -torch.inf)
     return scores
@@ -105,9 +105,15 @@ def draw(logits: Tensor, sampling: SegmentSampling, uniforms: Tensor) -> Tensor:
         return logits.argmax(-1)
     probabilities = restrict(logits.float(), sampling).softmax(-1)
     # Accelerators sum in parallel, and rounding may lift the sum where nothing is added: such tokens don't count.
-    distribution = probabilities.cumsum(-1).masked_fill(probabilities == 0, 0)
+    distribution = _running_sum(probabilities).masked_fill(probabilities == 0, 0)
     total = distribution.amax(-1, keepdim=True)
     # Rounding may not carry a number to the end, behind which nothing is.
     below = torch.nextafter(total, torch.zeros_like(total))
     wanted = torch.minimum(uniforms[:, None].to(total.dtype) * total, below)
     return (distribution > wanted).byte().argmax(-1)
+
+
+def _running_sum(x: Tensor) -> Tensor:
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return x.cpu().cumsum(-1).to(x.device)  # torch has no deterministic one on CUDA, and refuses
+    return x.cumsum(-1)

@@ -10,8 +10,20 @@ from safetensors.torch import load_file, save_file
 from tiny_mllm import VOCABULARY, Document, build_mllm, pack
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from illume_lightning.nn.mllm import MLLM
-from illume_lightning.nn.mllm_checkpoints import load_mllm, load_qwen, save_mllm, trunk_from
+from illume_lightning.nn.hollow import WithoutWeights
+from illume_lightning.nn.mllm import MLLM, build_trunk
+from illume_lightning.nn.mllm_checkpoints import (
+    load_mllm,
+    load_qwen,
+    published_layout,
+    read_mllm,
+    save_mllm,
+    trunk_from,
+)
+from illume_lightning.nn.pixel import PixelEncoder
+from illume_lightning.nn.published_vocabulary import vocabulary_from
+from illume_lightning.nn.semantic import QwenVisionTower
+from illume_lightning.vocabulary import Vocabulary
 
 BASE_ROWS = 60
 
@@ -222,3 +234,103 @@ def test_bf16_weights_fill_an_fp32_model(tmp_path: Path) -> None:
     load_mllm(other, tmp_path / "out")
     assert_equal(other, saved.float())
     assert other(**pack([[Document(1, (32, 32))]], length=40)).loss.isfinite()
+
+
+def save_published(mllm: MLLM, folder: Path, leave_out: tuple[str, ...] = ()) -> Path:
+    """With the added tokens of a tokenizer, and without some weights."""
+    save_mllm(mllm, folder)
+    tokens = [{"id": 0, "content": "<|im_end|>"}]
+    tokens += [
+        {"id": id, "content": text} for id, text in enumerate(VOCABULARY.tokens(), VOCABULARY.num_text)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    if leave_out:
+        weights = load_file(folder / "model.safetensors")
+        kept = {key: value for key, value in weights.items() if not key.startswith(leave_out)}
+        save_file(kept, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(("tied", "slot_grid"), [(False, 0), (True, 4)])
+def test_a_model_is_built_from_its_folder(tmp_path: Path, tied: bool, slot_grid: int) -> None:
+    torch.manual_seed(0)
+    saved = build_mllm(tied, slot_grid)
+    folder = save_published(saved, tmp_path / "out")
+    towers = build_mllm()
+    before = {key: value.clone() for key, value in towers.state_dict().items()}
+    read = read_mllm(folder, towers.semantic_encoder, towers.pixel_encoder)
+    assert read.vocabulary == VOCABULARY and VOCABULARY.num_unused == 5
+    assert read.head.is_tied == tied
+    assert_equal(read, saved)
+    assert all(torch.equal(value, before[key]) for key, value in towers.state_dict().items())
+    batch = pack([[Document(1, (32, 32))]], length=40)
+    places = {"slot_ids": torch.zeros_like(batch["ids"])} if slot_grid else {}
+    assert torch.equal(read(**batch, **places).loss, saved(**batch, **places).loss)
+    # Weights are the model's own, not the file's pages.
+    (folder / "model.safetensors").write_bytes(b"")
+    assert_equal(read, saved)
+
+
+def test_a_built_model_has_the_wanted_type_and_exact_angles(tmp_path: Path) -> None:
+    saved = build_mllm()
+    folder = save_published(saved, tmp_path / "out")
+    read = read_mllm(folder, saved.semantic_encoder, saved.pixel_encoder, dtype=torch.bfloat16)
+    assert {value.dtype for value in read.parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in read.buffers()} == {torch.float32}
+    assert_equal(read, build_copy(saved))
+
+
+def build_copy(mllm: MLLM) -> MLLM:
+    other = build_mllm()
+    other.load_state_dict(mllm.state_dict())
+    return other.bfloat16()
+
+
+def test_towers_that_a_folder_leaves_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    saved = build_mllm()
+    folder = save_published(saved, tmp_path / "out", ("model.vision_tower.semantic_encoder",))
+    other = build_mllm()
+    read = read_mllm(folder, other.semantic_encoder, other.pixel_encoder)
+    for name, source in (("semantic_encoder", other), ("pixel_encoder", saved), ("head", saved)):
+        state = getattr(source, name).state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in getattr(read, name).state_dict().items())
+    with pytest.raises(
+        ValueError, match=r"no weights of model\.vision_tower\.semantic_encoder: give the DualViTok"
+    ):
+        read_mllm(folder)
+    small = PixelEncoder(8, num_res_blocks=1, latent_channels=16, norm_groups=4)
+    with pytest.raises(ValueError, match="of another shape, first: model.mm_projector.projector_2.0.weight"):
+        read_mllm(folder, other.semantic_encoder, small)
+
+
+def test_folders_of_another_layout_are_named(tmp_path: Path) -> None:
+    mllm = build_mllm()
+    folder = save_published(mllm, tmp_path / "out")
+    towers = mllm.semantic_encoder, mllm.pixel_encoder
+    path = folder / "tokenizer.json"
+    tokens = json.loads(path.read_text())["added_tokens"]
+    with pytest.raises(ValueError, match="has 233 tokens, the embedding 200 rows"):
+        vocabulary_from(folder, 200)
+    swapped = [{**token, "id": {53: 54, 54: 53}.get(token["id"], token["id"])} for token in tokens]
+    path.write_text(json.dumps({"added_tokens": swapped}))
+    with pytest.raises(ValueError, match="<start_of_level0> at 54, its published place is 53"):
+        read_mllm(folder, *towers)
+    path.write_text(json.dumps({"added_tokens": tokens[:1]}))
+    with pytest.raises(ValueError, match="has no vision tokens"):
+        read_mllm(folder, *towers)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no .*tokenizer\.json"):
+        read_mllm(folder, *towers)
+    save_file({"language_model.x": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="not in the official release's origin format.*without '-hf'"):
+        read_mllm(folder, *towers)
+
+
+def test_the_full_size_model_is_built_without_its_weights() -> None:
+    with WithoutWeights():
+        mllm = MLLM(build_trunk(), Vocabulary(num_unused=271), QwenVisionTower(), PixelEncoder(), tied=True)
+    real = sum(value.numel() for value in mllm.parameters() if not value.is_meta)
+    assert real == 73 * 2048
+    assert published_layout(mllm)["model.embed_tokens.weight"][1].shape == (131_382, 2048)
+    assert torch.equal(mllm.trunk.rotary_emb.inv_freq, build_trunk(depth=1).rotary_emb.inv_freq)

@@ -1,0 +1,1 @@
+"""Trained models in other people's evaluation harnesses."""

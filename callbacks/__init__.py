@@ -3,6 +3,7 @@
 from callbacks.checkpoint import Checkpoint
 from callbacks.exact_resume import ExactResume
 from callbacks.phase_progress_bar import PhaseProgressBar
+from callbacks.prediction_answers import PredictionAnswers
 from callbacks.prediction_pictures import PredictionPictures
 from callbacks.reconstruction_grid import ReconstructionGrid
 from callbacks.resolution_curriculum import ResolutionCurriculum
@@ -15,6 +16,7 @@ __all__ = [
     "Checkpoint",
     "ExactResume",
     "PhaseProgressBar",
+    "PredictionAnswers",
     "PredictionPictures",
     "ReconstructionGrid",
     "ResolutionCurriculum",

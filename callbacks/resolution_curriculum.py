@@ -46,6 +46,8 @@ class ResolutionCurriculum(L.Callback):
         Raises:
             ValueError: if they contradict each other; names the values and the way out.
         """
+        if stage == "predict" and hasattr(trainer.datamodule, "set_curriculum"):
+            trainer.datamodule.set_curriculum(self.schedule.phases)  # the MLLM makes the last one's sizes
         if stage != "fit":
             return
         self._world_size = replica(trainer)[1]

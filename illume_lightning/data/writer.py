@@ -213,7 +213,7 @@ def _write_parts(
                 progress.update(part.num_items)
             return
         # Spawned, not forked: a fork copies the locks of threads that it does not copy.
-        pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_end_with_parent)
+        pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=end_with_parent)
         try:
             futures = {
                 pool.submit(write_part, work, number, part, splits, chunk_bytes): part
@@ -229,7 +229,7 @@ def _write_parts(
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this worker when the main process is killed; otherwise it would write on, then wait for ever."""
     parent = parent_process()
     assert parent is not None

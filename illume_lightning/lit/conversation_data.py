@@ -3,9 +3,10 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from pathlib import Path
+from typing import NamedTuple, cast
 
 from illume_lightning.data.conversation_store import ConversationStore
 from illume_lightning.data.loader import BatchLoader
@@ -14,6 +15,8 @@ from illume_lightning.data.packing import ConversationSource, PackPlan, evaluati
 from illume_lightning.data.schedule import Phase, SizeMode
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.token_cache import TokenCache, check_caches
+from illume_lightning.lit.answers import AnswerFolder
+from illume_lightning.lit.job_lines import Line, read_jobs
 from illume_lightning.lit.mllm import MLLMStage
 from illume_lightning.lit.planned_data import PlannedDataModule, open_store, replica
 from illume_lightning.vocabulary import Vocabulary
@@ -36,6 +39,32 @@ class Conversations:
     phase, its target images are tokenised as they come."""
 
 
+class JobBatch(NamedTuple):
+    """All lines of a job that one device is to answer."""
+
+    lines: list[Line]
+    """Of this device."""
+
+    images: Path
+    """Folder that names of images are relative to."""
+
+    folder: AnswerFolder
+    """Where the answers go."""
+
+
+class JobLoader:
+    """Gives one batch; the device's share is the batch's affair, so this is no DataLoader."""
+
+    def __init__(self, batch: JobBatch) -> None:
+        self._batch = batch
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[JobBatch]:
+        yield self._batch
+
+
 class ConversationDataModule(PlannedDataModule):
     """Training batches in the order of a plan, and held-out conversations of every task.
 
@@ -48,6 +77,7 @@ class ConversationDataModule(PlannedDataModule):
         train: stores to train on by task, the name of which is logged.
         val: held-out stores by task.
         test: stores to test on, as `val`.
+        predict: file of lines to answer, as for `illume generate`.
         row_tokens: most tokens of a packed row; longer conversations are left out and counted.
         condition_dropout: probability that a conversation with an image to generate loses its users' texts, for
             guidance (official release: 0.1).
@@ -73,6 +103,7 @@ class ConversationDataModule(PlannedDataModule):
         train: dict[str, Conversations] | None = None,
         val: dict[str, Conversations] | None = None,
         test: dict[str, Conversations] | None = None,
+        predict: str | None = None,
         row_tokens: int = 4096,
         condition_dropout: float = 0.1,
         release_prompts: bool = False,
@@ -94,6 +125,9 @@ class ConversationDataModule(PlannedDataModule):
                 raise ValueError(f"{name} {value} is not positive")
         self.text_tokenizer, self._vocabulary = TextTokenizer(text_tokenizer), vocabulary
         self.tasks = {"fit": dict(train or {}), "validate": dict(val or {}), "test": dict(test or {})}
+        self._job = predict
+        self.lines: list[Line] = []
+        """Of the job to predict."""
         self.row_tokens = row_tokens
         self.condition_dropout, self.release_prompts = condition_dropout, release_prompts
         self._val_phase = Phase(1, val_mode, val_side, 1, 1)
@@ -124,16 +158,45 @@ class ConversationDataModule(PlannedDataModule):
         """Open the stores, so that what is missing or does not fit is known at once.
 
         Raises:
-            FileNotFoundError: if a store is missing; names it.
-            ValueError: if a store is empty, or made with another text tokenizer, or the vocabulary is not the
-                text tokenizer's or the token caches'.
+            FileNotFoundError: if a store or the file to predict is missing; names it.
+            ValueError: if a store or that file is empty, or a store made with another text tokenizer, or the
+                vocabulary is not the text tokenizer's or the token caches'.
         """
+        self._check_vocabulary()
+        if stage == "predict":
+            if self._job is None:
+                raise ValueError("there is nothing to predict: set data.predict to a file of JSON Lines")
+            self.lines, self._images = read_jobs(self._job)
+            return
         import litdata  # noqa: F401  # takes seconds; workers inherit it, and start anew for every evaluation
 
-        self._check_vocabulary()
         for task in self._of_stage(stage):
             self._open(task)
         log.debug("cached codes by tokenizer %s", self.tokenizer_fingerprint)  # refuses caches that don't fit
+
+    @property
+    def answers(self) -> AnswerFolder:
+        """Folder of the predictions."""
+        assert self.trainer is not None
+        return AnswerFolder(Path(self.trainer.default_root_dir) / "predictions")
+
+    @property
+    def last_phase(self) -> Phase:
+        """The last one of training, which decides the sizes of pictures that are made.
+
+        Raises:
+            ValueError: if there are no phases.
+        """
+        if self._phases is None:
+            raise ValueError(
+                "there are no phases to know the sizes of pictures by; add the ResolutionCurriculum callback"
+            )
+        return self._phases[-1]
+
+    def predict_dataloader(self) -> JobLoader:  # type: ignore[override]
+        """All of this device's lines in one batch, so that the next line begins when one is answered."""
+        rank, world_size = replica(self.trainer)
+        return JobLoader(JobBatch(self.lines[rank::world_size], self._images, self.answers))
 
     @property
     def tokenizer_fingerprint(self) -> str | None:

@@ -282,7 +282,7 @@ class MLLMStage(TrainingModule):
         if tokenizer is not None and self.trainer.ckpt_path is not None:
             check_maker(Path(self.trainer.ckpt_path), tokenizer)
         data = self.trainer.datamodule
-        given = {**sizes_of(batch.phase), "release_prompts": data.release_prompts}
+        given = {**sizes_of(data.last_phase), "release_prompts": data.release_prompts}
         illume = Illume(self.model, data.text_tokenizer, tokenizer, **given)
         worker = Worker(illume, Settings(seed=data.seed), batch.images)
         return worker.work(worker.unfinished(batch.lines, batch.folder.finished()))

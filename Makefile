@@ -119,6 +119,10 @@ benchmark: setup ## Measure quantiser, training step, loader, decoder and loss; 
 	# Needs the conversations of `make conversations`.
 	$(BIN)/python benchmarks/mllm_step.py
 
+.PHONY: benchmark-generation
+benchmark-generation: setup ## Measure the generation engine against Hugging Face's generate (about 10 minutes on 2 cores)
+	$(BIN)/python benchmarks/generation.py
+
 .PHONY: clean
 clean: ## Remove the virtual environment and caches; data and runs stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

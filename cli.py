@@ -290,7 +290,7 @@ def app(
 
     shown = read_examples(examples) if examples else Examples()
     parts = (run, tokenizer, diffusion_decoder, device, getattr(torch, dtype))
-    illume = Illume.from_run(*parts, slots=slots, context=context)
+    illume = Illume.load(*parts, slots=slots, context=context)
     Server(host, port, max_upload_mb, queue).show(build_page(Studio(illume), shown))
 
 

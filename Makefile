@@ -76,6 +76,10 @@ mllm: demo conversations ## After the demo: the MLLM's three stages on shapes (a
 EMOJI := $(DATA)/emoji
 EMOJI_CODES = $(BIN)/illume prepare tokens --tokenizer runs/emoji/dualvitok/seed0
 
+.PHONY: app
+app: ## A page in the browser for the model of `make mllm`: chat, generate, edit, reconstruct
+	$(BIN)/illume app runs/shapes/mllm_stage3/seed0 --tokenizer runs/shapes/dualvitok/seed0 --examples $(SHAPES)
+
 .PHONY: emoji-mllm
 emoji-mllm: emoji ## After emoji: its conversations, and the MLLM's three stages on them
 	$(BIN)/illume prepare emoji-tokenizer $(EMOJI)/text_tokenizer .cache/emoji

@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -12,6 +13,7 @@ from illume_lightning.data.image import CanonicalImage, Dropped, Limits, canonic
 
 HEIGHT, WIDTH = 40, 60
 DEFAULTS = Limits()
+PILLOW = int(PIL.__version__.split(".")[0])
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -102,18 +104,22 @@ def test_gray_alpha_and_transparent_color() -> None:
     result, pixels = accepted(encoded(Image.fromarray(np.dstack([gray, np.zeros_like(gray)]), "LA"), "PNG"))
     assert result.converted == ("gray", "alpha")
     assert (pixels == 255).all()
-    straight = encoded(Image.new("LA", (WIDTH, HEIGHT), (64, 128)), "TIFF")
-    tag = b"\x52\x01\x03\x00\x01\x00\x00\x00"  # ExtraSamples: 2 is straight alpha, 1 premultiplied
-    result, pixels = accepted(straight.replace(tag + b"\x02", tag + b"\x01"))
-    assert result.converted == ("TIFF file", "gray", "alpha")
-    assert np.abs(pixels.astype(int) - (64 + 127)).max() <= 1
     image = Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3))
     result, pixels = accepted(encoded(image, "PNG", transparency=(1, 2, 3)))
     assert result.converted == ("alpha",)
     assert (pixels == 255).all()
 
 
-@pytest.mark.parametrize("mode", ["YCbCr", "LAB"])
+@pytest.mark.skipif(PILLOW < 13, reason="Pillow reads premultiplied gray only from 13 on")
+def test_premultiplied_gray() -> None:
+    straight = encoded(Image.new("LA", (WIDTH, HEIGHT), (64, 128)), "TIFF")
+    tag = b"\x52\x01\x03\x00\x01\x00\x00\x00"  # ExtraSamples: 2 is straight alpha, 1 premultiplied
+    result, pixels = accepted(straight.replace(tag + b"\x02", tag + b"\x01"))
+    assert result.converted == ("TIFF file", "gray", "alpha")
+    assert np.abs(pixels.astype(int) - (64 + 127)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "LAB"] if PILLOW >= 13 else ["LAB"])  # Pillow 12 reads YCbCr as RGB
 def test_other_color_spaces(mode: str) -> None:
     assert mode in accepted(encoded(Image.new(mode, (WIDTH, HEIGHT)), "TIFF"))[0].converted
 

@@ -4,20 +4,20 @@ from pathlib import Path
 
 import pytest
 
+from illume_lightning import Illume
 from illume_lightning.app.examples import read_examples
-from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.worlds.shapes_conversations import prepare_shapes_conversations
 
 TASKS = ("generation", "editing", "understanding", "text", "reconstruction")
 
 
 @pytest.fixture(scope="module")
-def world(text_tokenizer: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(illume: Illume, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     for task in TASKS:
         prepare_shapes_conversations(
             folder / task / "val",
-            tokenizer=str(text_tokenizer.folder),
+            tokenizer=str(illume.text_tokenizer.folder),
             task=task,
             count=8,
             split="val",

@@ -119,7 +119,9 @@ def test_premultiplied_gray() -> None:
     assert np.abs(pixels.astype(int) - (64 + 127)).max() <= 1
 
 
-@pytest.mark.parametrize("mode", ["YCbCr", "LAB"] if PILLOW >= 13 else ["LAB"])  # Pillow 12 reads YCbCr as RGB
+@pytest.mark.parametrize(
+    "mode", ["YCbCr", "LAB"] if PILLOW >= 13 else ["LAB"]
+)  # Pillow 12 reads YCbCr as RGB
 def test_other_color_spaces(mode: str) -> None:
     assert mode in accepted(encoded(Image.new(mode, (WIDTH, HEIGHT)), "TIFF"))[0].converted
 

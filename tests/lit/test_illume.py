@@ -4,40 +4,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from tiny import build_tiny
-from tiny_mllm import build_mllm
+from tiny_illume import SIZES, build_illume
 
 from illume_lightning import Chat, Edit, Generate, Illume, SegmentSampling, TokenSampling
 from illume_lightning.data.chat import EDIT, GENERATE, render, unconditional
 from illume_lightning.data.conversation import IMAGE, Conversation, Turn
 from illume_lightning.data.packing import SizedImage
-from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.token_sequence import TokenSequence, token_sequence
-from illume_lightning.data.worlds.shapes_conversations import prepare_shapes_tokenizer
 from illume_lightning.image_layout import image_layout
 from illume_lightning.lit.prompts import MadeImage
 
-SIZES = ((32, 32), (32, 64), (64, 32))
 CAPTION, INSTRUCTION = "a red circle {on} white", "remove the red circle"
 GREEDY = TokenSampling(*(SegmentSampling(temperature=0),) * 3, guidance=1.0)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    folder = tmp_path_factory.mktemp("text")
-    prepare_shapes_tokenizer(folder)
-    return TextTokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def illume(tokenizer: TextTokenizer) -> Illume:
-    torch.manual_seed(0)
-    vocabulary = tokenizer.vocabulary(64, 96, size_step=16)
-    mllm = build_mllm(vocabulary=vocabulary, slot_grid=4)
-    torch.nn.init.normal_(mllm.slot_embedding.weight)
-    return Illume(mllm, tokenizer, build_tiny().eval(), sizes=SIZES, max_side=64, slots=6, context=2048)
+def illume(tmp_path_factory: pytest.TempPathFactory) -> Illume:
+    return build_illume(tmp_path_factory.mktemp("text"))
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:

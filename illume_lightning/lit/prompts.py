@@ -281,12 +281,11 @@ def _turn(message: Mapping[str, Any]) -> tuple[Turn, list[Image.Image | MadeImag
     role, content = message.get("role"), message.get("content")
     if role not in ("system", "user", "assistant"):
         raise ValueError(f"a message has the role {role!r}: use system, user or assistant")
-    items: Sequence[Mapping[str, Any]] = (
-        [{"type": "text", "text": content}] if isinstance(content, str) else content
-    )
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
     texts: list[str] = []
     images: list[Image.Image | MadeImage] = []
-    for item in items or ():
+    for item in content or ():
         image = item.get("image")
         if item.get("type") == "image" and isinstance(image, Image.Image | MadeImage):
             texts.append(IMAGE)

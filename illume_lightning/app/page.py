@@ -87,10 +87,16 @@ class Server:
         Raises:
             OSError: if the port is taken.
         """
-        log.info("open %s in a browser; Ctrl+C ends it", self.open(page))
-        if self.host not in ("127.0.0.1", "localhost", "::1"):
-            log.warning("%s: whoever reaches this machine can use the model, without a password", self.host)
-        page.block_thread()
+        address = self.open(page)
+        try:
+            log.info("open %s in a browser; Ctrl+C ends it", address)
+            if self.host not in ("127.0.0.1", "localhost", "::1"):
+                log.warning(
+                    "%s: whoever reaches this machine can use the model, without a password", self.host
+                )
+            page.block_thread()
+        except KeyboardInterrupt:  # before Gradio, which ends on one itself, waits for it
+            page.close()
 
 
 def build_page(studio: Studio, examples: Examples) -> gr.Blocks:

@@ -140,10 +140,10 @@ class Answer:
     def _append(self, id: int | None) -> None:
         position, layout = self.grammar.position, self.grammar.layout
         slot_id = layout.slot_ids[position] if position is not None and layout is not None else 0
-        for ids, new in ((self.ids, id), (self.pending, id)):
-            ids.append(new)
-        for slot_ids in (self.slot_ids, self.pending_slot_ids):
-            slot_ids.append(slot_id)
+        self.ids.append(id)
+        self.pending.append(id)
+        self.slot_ids.append(slot_id)
+        self.pending_slot_ids.append(slot_id)
         self.grammar.advance(id)
 
     def _follow(self) -> None:

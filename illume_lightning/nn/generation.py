@@ -161,7 +161,10 @@ class Engine:
         semantic_slots, pixel_slots = (
             torch.tensor(slots, dtype=torch.long, device=self.device) for slots in (semantic, pixel)
         )
-        embeds = self.mllm.embed(ids, images, semantic_slots, pixel_slots, slot_ids)
+        if images:
+            embeds = self.mllm.embed(ids, images, semantic_slots, pixel_slots, slot_ids)
+        else:  # spares the towers the blank picture that they see in training
+            embeds = self.mllm.embed_tokens(ids, slot_ids)
         self.cache.begin(torch.tensor([slot for slot, _ in prefixes], device=self.device), positions)
         self.mllm.hidden(embeds, positions, cache=self.cache)
 

@@ -490,3 +490,16 @@ def test_a_refused_request_stops_the_run_and_the_engine_goes_on() -> None:
         list(engine.run([replace(good, max_tokens=100)]))
     assert not shapes
     assert [len(ids) for ids in collect(engine.run([good, good, good]), 3)] == [5, 5, 5]
+
+
+def test_prompts_without_pictures_leave_the_towers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    mllm = build()
+    seen = []
+    features = mllm.features
+    monkeypatch.setattr(mllm, "features", lambda images: seen.append(len(images)) or features(images))
+    engine = Engine(mllm, END_IDS, 12, 256)
+    requests = mixed()
+    list(engine.run([request for request in requests if not request.prompt.images]))
+    assert not seen
+    list(engine.run([request for request in requests if request.prompt.images]))
+    assert seen and min(seen) > 0

@@ -177,13 +177,14 @@ class Illume:
         for update in self.engine.run(self._requests(tasks, asked, decoder)):
             number = update.number
             ids[number] += update.ids
+            if update.picture:
+                yield Event(number, "", update.picture, None)
+                continue
             text = self._words(ids[number])
             if update.is_finished:
                 task, question = asked.pop(number)
                 reply = self._reply(ids.pop(number), question, task.seed, decoder)
                 yield Event(number, text[len(told.pop(number, "")) :], 0.0, reply)
-            elif update.picture:
-                yield Event(number, "", update.picture, None)
             else:
                 # Bytes of a character may be divided among tokens.
                 text = text.rstrip("\ufffd")
@@ -204,8 +205,22 @@ class Illume:
         Raises:
             ValueError: says why.
         """
+        self._ask(task, decoder)
+
+    def _requests(
+        self, tasks: Iterable[Task], asked: dict[int, tuple[Task, Asked]], decoder: DecoderName
+    ) -> Iterator[Request]:
+        for number, task in enumerate(tasks):
+            asked[number] = task, self._ask(task, decoder)
+            yield asked[number][1].request
+
+    def _ask(self, task: Task, decoder: DecoderName) -> Asked:
+        """The request of a task, checked; without a tokenizer no pictures come within the text."""
         self._check_decoder(decoder)
-        request = self._ask(task).request
+        asked = self.prompts.ask(task)
+        if self.tokenizer is None:
+            asked = asked._replace(request=replace(asked.request, sizes=()))
+        request = asked.request
         self.engine.check(request)
         if self.tokenizer is None and not isinstance(task, Chat):
             raise ValueError(
@@ -216,19 +231,7 @@ class Illume:
             model, layout = self.diffusion_decoder.model, request.layout
             for height, width in request.sizes if layout is None else [(layout.height, layout.width)]:
                 decoder_size_index((SCALE * height, SCALE * width), model.sizes, model.transposed_sizes)
-
-    def _requests(
-        self, tasks: Iterable[Task], asked: dict[int, tuple[Task, Asked]], decoder: DecoderName
-    ) -> Iterator[Request]:
-        for number, task in enumerate(tasks):
-            self.check(task, decoder)
-            asked[number] = task, self._ask(task)
-            yield asked[number][1].request
-
-    def _ask(self, task: Task) -> Asked:
-        """The request of a task; without a tokenizer no pictures come within the text."""
-        asked = self.prompts.ask(task)
-        return asked if self.tokenizer else asked._replace(request=replace(asked.request, sizes=()))
+        return asked
 
     # -- one kind of task ------------------------------------------------------------------------------------
 

@@ -345,7 +345,7 @@ def agreement(case: Case, tokens: int) -> tuple[dict[str, Any], list[int]]:
     for span in case.segments.values():
         count = min(tokens, len(span))
         ids, _ = write_plain(case, GREEDY, count, picture[: span.start])
-        same += sum(a == b for a, b in zip(ids, picture[span.start :], strict=False))
+        same += sum(a == b for a, b in zip(ids, picture[span.start :][:count], strict=True))
         compared += count
     return {"compared": compared, "same": same, "distinct_ids_of_picture": len(set(picture))}, picture
 

@@ -17,7 +17,6 @@ from illume_lightning.lit.reconstruction_metrics import Distance, PictureMetrics
 from illume_lightning.lit.saved_run import SavedRun
 from illume_lightning.lit.tokenizer import check_cached_codes, check_maker, fingerprint, load_tokenizer
 from illume_lightning.lit.training import TrainingModule
-from illume_lightning.nn.checkpoints import check_state_dict, read_state_dict
 from illume_lightning.nn.condition import ConditionNoise, check_codes, replace_codes
 from illume_lightning.nn.diffusion_decoder import SCALE, DiffusionDecoder, load_decoder, sampling_scheduler
 from illume_lightning.nn.dualvitok import DualCodes, DualViTok
@@ -285,12 +284,9 @@ def load_diffusion_decoder(path: str | Path, tokenizer: DualViTok) -> DiffusionD
         module = DiffusionDecoderModule(load_decoder(str(path)), tokenizer="")
     else:
         run = SavedRun(path)
-        decoder = run.build(DiffusionDecoder, "model", "init_args", "decoder")
+        decoder = run.fill(run.build(DiffusionDecoder, "model", "init_args", "decoder"))
         sampling = Sampling(**(run.section("model", "init_args", "sampling") or {}))
         module = DiffusionDecoderModule(decoder, tokenizer="", sampling=sampling)
-        state = read_state_dict(run.checkpoint)
-        check_state_dict(decoder.state_dict(), state, str(run.checkpoint))
-        decoder.load_state_dict(state)
         check_maker(run.checkpoint, tokenizer)
     module.fixed["tokenizer"] = tokenizer
     return module.requires_grad_(False).eval()

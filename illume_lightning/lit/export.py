@@ -19,7 +19,7 @@ from illume_lightning.lit.parts import SETTINGS, load_run
 from illume_lightning.lit.prompts import Defaults
 from illume_lightning.lit.saved_run import SavedRun
 from illume_lightning.lit.tokenizer import PUBLISHED, load_tokenizer
-from illume_lightning.nn.checkpoints import check_state_dict, read_state_dict, save_dualvitok
+from illume_lightning.nn.checkpoints import save_dualvitok
 from illume_lightning.nn.diffusion_decoder import DiffusionDecoder, save_decoder
 from illume_lightning.nn.mllm import MLLM
 from illume_lightning.nn.mllm_checkpoints import save_mllm
@@ -98,10 +98,7 @@ def _write_dualvitok(run: SavedRun, folder: Path, dtype: torch.dtype | None) -> 
 
 
 def _write_decoder(run: SavedRun, folder: Path, dtype: torch.dtype | None) -> None:
-    decoder = run.build(DiffusionDecoder, "model", "init_args", "decoder")
-    state = read_state_dict(run.checkpoint)
-    check_state_dict(decoder.state_dict(), state, str(run.checkpoint))
-    decoder.load_state_dict(state)
+    decoder = run.fill(run.build(DiffusionDecoder, "model", "init_args", "decoder"))
     decoder.unet.to(dtype)
     save_decoder(decoder, folder)
 

@@ -10,7 +10,6 @@ from illume_lightning.lit.diffusion_decoder import DiffusionDecoderModule, load_
 from illume_lightning.lit.mllm import LoRA, MLLMStage3
 from illume_lightning.lit.saved_run import SavedRun
 from illume_lightning.lit.tokenizer import fingerprint, load_tokenizer
-from illume_lightning.nn.checkpoints import check_state_dict, read_state_dict
 from illume_lightning.nn.dualvitok import DualViTok
 from illume_lightning.nn.mllm import MLLM
 from illume_lightning.nn.mllm_checkpoints import read_mllm
@@ -32,14 +31,10 @@ def load_run(run: SavedRun) -> MLLM:
     Raises:
         ValueError: if it is no run of an MLLM stage, or the weights don't fit.
     """
-    stage = run.section("model", "class_path") or ""
     mllm = run.build(MLLM, "model", "init_args", "mllm")
     if (lora := run.section("model", "init_args", "lora")) is not None:
         MLLMStage3(mllm, 0, LoRA(**lora)).configure_model()
-    state = read_state_dict(run.checkpoint)
-    check_state_dict(mllm.state_dict(), state, f"{run.checkpoint} ({stage.rpartition('.')[2]})")
-    mllm.load_state_dict(state)
-    return mllm
+    return run.fill(mllm)
 
 
 def place(mllm: MLLM, device: torch.device, dtype: torch.dtype) -> MLLM:

@@ -7,6 +7,8 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from illume_lightning.nn.checkpoints import check_state_dict, read_state_dict
+
 M = TypeVar("M", bound=nn.Module)
 
 LAST = Path("checkpoints") / "last.ckpt"
@@ -66,6 +68,18 @@ class SavedRun:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(kind, "part")
         return parser.instantiate_classes(parser.parse_object({"part": _untrained(section)})).part
+
+    def fill(self, model: M) -> M:
+        """Give a model the weights of the checkpoint, strictly.
+
+        Raises:
+            ValueError: if they don't fit; names what differs.
+        """
+        state = read_state_dict(self.checkpoint)
+        part = (self.section("model", "class_path") or "").rpartition(".")[2]
+        check_state_dict(model.state_dict(), state, f"{self.checkpoint} ({part})")
+        model.load_state_dict(state)
+        return model
 
 
 def _untrained(section: Any, in_tower: bool = False) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from illume_lightning.nn.dualvitok import DualViTokOutput
 
-PixelLoss = Literal["l1", "l2"]
+PixelLoss = Literal["l1", "l2", "l1_l2"]
 
 
 class Perceptual(nn.Module):
@@ -109,7 +109,7 @@ class DualViTokLoss(nn.Module):
     Discriminator: hinge loss. Terms are computed in fp32.
 
     Args:
-        pixel_loss: ``l1`` (paper) or ``l2``, the mean squared error (official release).
+        pixel_loss: ``l1`` (paper), ``l2``, the mean squared error (official release), or ``l1_l2``, their sum.
         pixel_weight: of the pixel loss.
         perceptual_weight: of LPIPS; 0 leaves it out.
         adversarial_weight: of the GAN loss, generator and discriminator (official release: 0.5); 0 leaves it
@@ -119,6 +119,8 @@ class DualViTokLoss(nn.Module):
             layer (VQGAN; official release: off).
         codebook_weight: of both branches' codebook losses.
         semantic_weight: of the cosine distance to the vision tower's features.
+        foreground_weight: how many times as much a pixel counts that differs from the picture's background, see
+            ``foreground``; 1 is the paper's. For small worlds whose pictures are mostly empty.
 
     Raises:
         ValueError: for another pixel loss, or a negative weight.
@@ -134,16 +136,18 @@ class DualViTokLoss(nn.Module):
         adaptive_weight: bool = False,
         codebook_weight: float = 1.0,
         semantic_weight: float = 1.0,
+        foreground_weight: float = 1.0,
     ) -> None:
         super().__init__()
         if pixel_loss not in get_args(PixelLoss):
-            raise ValueError(f"pixel_loss is {pixel_loss!r}, expected l1 or l2.")
+            raise ValueError(f"pixel_loss is {pixel_loss!r}, expected {', '.join(get_args(PixelLoss))}.")
         weights = {
             "pixel_weight": pixel_weight,
             "perceptual_weight": perceptual_weight,
             "adversarial_weight": adversarial_weight,
             "codebook_weight": codebook_weight,
             "semantic_weight": semantic_weight,
+            "foreground_weight": foreground_weight,
         }
         for name, value in weights.items():
             if value < 0:
@@ -156,6 +160,7 @@ class DualViTokLoss(nn.Module):
         self.adaptive_weight = adaptive_weight
         self.codebook_weight = codebook_weight
         self.semantic_weight = semantic_weight
+        self.foreground_weight = foreground_weight
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the GAN loss is on in a training step, counted from 0."""
@@ -185,8 +190,7 @@ class DualViTokLoss(nn.Module):
             ValueError: where ``perceptual`` or ``last_layer`` is missing and its option is on.
         """
         reconstruction = output.reconstruction.float()
-        distance = F.l1_loss if self.pixel_loss == "l1" else F.mse_loss
-        terms = {"pixel_loss": distance(reconstruction, images.float())}
+        terms = {"pixel_loss": self._pixel_distance(reconstruction, images.float())}
         loss = self.pixel_weight * terms["pixel_loss"]
         if self.perceptual_weight > 0:
             if perceptual is None:
@@ -209,6 +213,17 @@ class DualViTokLoss(nn.Module):
             terms["semantic_loss"] = semantic
             loss = loss + self.semantic_weight * semantic
         return {"loss": loss} | terms
+
+    def _pixel_distance(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        error = (reconstruction - images).abs()
+        if self.pixel_loss == "l2":
+            error = error.square()
+        elif self.pixel_loss == "l1_l2":
+            error = error + error.square()
+        if self.foreground_weight == 1:
+            return error.mean()
+        weight = 1 + (self.foreground_weight - 1) * foreground(images)
+        return (error * weight).mean() / weight.mean()
 
     def _adversarial(
         self, loss: Tensor, fake_logits: Tensor, last_layer: Tensor | None, terms: dict[str, Tensor]
@@ -234,6 +249,21 @@ class DualViTokLoss(nn.Module):
             "real_logits": real_logits.detach().float().mean(),
             "fake_logits": fake_logits.detach().float().mean(),
         }
+
+
+def foreground(images: Tensor, threshold: float = 0.2) -> Tensor:
+    """Where pictures differ from their background, the median colour of their outermost pixels.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        threshold: least difference, in any channel, that counts.
+
+    Returns:
+        (B, 1, H, W), 1 in front and 0 behind.
+    """
+    edges = [images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]]
+    background = torch.cat(edges, dim=2).median(dim=2).values[:, :, None, None]
+    return ((images - background).abs().amax(1, keepdim=True) > threshold).to(images.dtype)
 
 
 def cosine_loss(reconstruction: Tensor, target: Tensor) -> Tensor:

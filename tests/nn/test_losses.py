@@ -19,6 +19,7 @@ from illume_lightning.nn.losses import (
     Perceptual,
     adaptive_weight,
     cosine_loss,
+    foreground,
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
@@ -296,6 +297,38 @@ def test_weights_scale_their_terms() -> None:
         "pixel_codebook_loss",
         "semantic_loss",
     }
+
+
+def test_pixel_losses_by_hand() -> None:
+    images, fake = torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 0.5)
+    for kind, expected in (("l1", 0.5), ("l2", 0.25), ("l1_l2", 0.75)):
+        loss = DualViTokLoss(kind, perceptual_weight=0)
+        assert loss.generator(images, output(fake))["pixel_loss"].item() == pytest.approx(expected)
+
+
+def test_foreground_is_what_differs_from_the_border() -> None:
+    pictures = torch.full((2, 3, 8, 8), -0.9)
+    pictures[1] = 0.9
+    pictures[0, :, 2:4, 2:4] = 0.5
+    pictures[1, 2, 5, 5] = 0.0  # in one channel only
+    pictures[1, :, 0, :3] = -1.0  # at the border, and less than half of it
+    front = foreground(pictures)
+    assert front.shape == (2, 1, 8, 8)
+    assert front[0].nonzero()[:, 1:].tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
+    assert front[1].nonzero()[:, 1:].tolist() == [[0, 0], [0, 1], [0, 2], [5, 5]]
+
+
+def test_the_foreground_counts_more() -> None:
+    images = torch.zeros(1, 3, 8, 8)
+    images[:, :, 2:4, 2:4] = 1.0
+    behind, front = torch.zeros(1, 3, 8, 8), images.clone()
+    behind[:, :, 6, 6] = front[:, :, 6, 6] = 0.5  # both wrong by 0.5 at one pixel behind
+    plain, weighted = (DualViTokLoss(perceptual_weight=0, foreground_weight=w) for w in (1.0, 4.0))
+    total = 60 + 4 * 4
+    for ours, wrong in ((front, 0.5), (behind, 0.5 + 4 * 4)):
+        found = weighted.generator(images, output(ours))["pixel_loss"].item()
+        assert found == pytest.approx(wrong / total)
+    assert plain.generator(images, output(front))["pixel_loss"].item() == pytest.approx(0.5 / 64)
 
 
 def test_cosine_of_zero_vectors_is_finite() -> None:

@@ -11,7 +11,10 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from illume_lightning.nn.mllm import MLLM, build_trunk, document_bounds
+from illume_lightning.nn import document_attention
+from illume_lightning.nn import mllm as mllm_module
+from illume_lightning.nn.document_attention import document_bounds
+from illume_lightning.nn.mllm import MLLM, build_trunk
 from illume_lightning.resolution import grids
 
 DOCUMENTS = [Document(1, (32, 48)), Document(2), Document(3, (64, 64), 12), Document(4)]
@@ -237,6 +240,20 @@ def test_flash_attention_is_told_where_documents_start(mllm: MLLM, monkeypatch: 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", variable_length)
     mllm.trunk.config._attn_implementation = "flash_attention_2"
     torch.testing.assert_close(mllm(**batch).token_losses, expected.token_losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("short", [512, 5])
+def test_attention_document_by_document_is_the_masked_one(
+    mllm: MLLM, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = pack([DOCUMENTS[:2], DOCUMENTS[2:]], length=60)
+    expected = step(mllm, batch)
+    monkeypatch.setattr(document_attention, "_SHORT", short)
+    mllm.trunk.config._attn_implementation = document_attention.DOCUMENTS
+    monkeypatch.setattr(mllm_module, "document_mask", None)  # it is not made
+    found = step(mllm, batch)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)
+    assert_same(found[2], expected[2])
 
 
 def test_too_few_slots_are_named(mllm: MLLM) -> None:

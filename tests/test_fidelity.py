@@ -11,6 +11,7 @@ from experiment import build_model, parse
 from illume_lightning.image_layout import image_layout
 from illume_lightning.lit.prompts import Defaults
 from illume_lightning.nn.diffusion_decoder import SCALE, build_unet
+from illume_lightning.nn.document_attention import DOCUMENTS
 from illume_lightning.nn.token_sampling import SegmentSampling, TokenSampling
 from illume_lightning.vocabulary import Vocabulary
 
@@ -42,6 +43,8 @@ def dualvitok() -> dict[str, str]:
     phases = config["curriculum"]["phases"]
     values = {
         "pixel loss": loss.pixel_loss,
+        "foreground weight": loss.foreground_weight,
+        "codebook start": "random" if module.codebook_start is None else "from data",
         "optimizer": type(optimizer).__name__,
         "learning rate": group["lr"],
         "betas": ", ".join(map(str, group["betas"])),
@@ -137,6 +140,12 @@ def mllm() -> dict[str, str]:
         "condition dropout": data["condition_dropout"],
         "unconditional prompt": "the release's" if data["release_prompts"] else "masked",
         "slot embedding": "none" if model.slot_embedding is None else "learned",
+        "optimizer of the matrices": "with the others"
+        if stages[3]._matrix_optimizer is None
+        else "their own",
+        "packed attention": "document by document"
+        if model.trunk.config._attn_implementation == DOCUMENTS
+        else "a mask, or FlashAttention 2",
     }
     for number, config in configs.items():
         rates = stages[number].learning_rates

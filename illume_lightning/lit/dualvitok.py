@@ -1,13 +1,12 @@
 """Training and evaluation of DualViTok (paper 3.1, 3.4, Table 1)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from illume_lightning.lit.codebook_usage import CodebookUsage
@@ -110,10 +109,6 @@ class DualViTokModule(TrainingModule):
         is_discriminator = optimizer is not self.all_optimizers()[0].optimizer
         return "discriminator_grad_norm" if is_discriminator else "generator_grad_norm"
 
-    def _loss_scale(self) -> float:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return 1.0 if scaler is None else scaler.get_scale()
-
     # -- training --------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
@@ -155,7 +150,8 @@ class DualViTokModule(TrainingModule):
             terms |= self._discriminator_backward(images, output.reconstruction.detach(), batch)
         self._log_training(terms, output, images.shape[0])
         if self.is_last_micro_batch:
-            self._step(optimizers, adversarial)
+            self.step_optimizers(optimizers if adversarial else optimizers[:1])
+            self.step_schedules()
 
     def _discriminator_backward(self, images: Tensor, fake: Tensor, batch: ImageBatch) -> dict[str, Tensor]:
         assert self.discriminator is not None
@@ -163,17 +159,6 @@ class DualViTokModule(TrainingModule):
         self.require_finite(terms, batch)
         self.manual_backward(terms["discriminator_loss"] / self.accumulation)
         return terms
-
-    def _step(self, optimizers: list[LightningOptimizer], adversarial: bool) -> None:
-        scale = self._loss_scale()
-        optimizers[0].step()
-        optimizers[0].zero_grad()
-        if adversarial:
-            _rescale(optimizers[1], self._loss_scale() / scale)
-            with _uncounted(optimizers[1]):
-                optimizers[1].step()
-            optimizers[1].zero_grad()
-        self.step_schedules()
 
     def _latent_noise(self) -> float | None:
         start = self.codebook_start
@@ -261,20 +246,6 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _uncounted(optimizer: LightningOptimizer) -> Iterator[None]:
-    """Lightning's ``global_step`` counts every optimizer's steps; a training step is the generator's alone."""
-    hooks: tuple[Callable[[], None], Callable[[], None]] = (
-        optimizer._on_before_step,
-        optimizer._on_after_step,
-    )
-    optimizer._on_before_step = optimizer._on_after_step = lambda: None
-    try:
-        yield
-    finally:
-        optimizer._on_before_step, optimizer._on_after_step = hooks
-
-
-@contextmanager
 def _frozen(module: nn.Module | None) -> Iterator[None]:
     """Keep the generator's backward pass out of the discriminator's gradients."""
     if module is None:
@@ -285,12 +256,3 @@ def _frozen(module: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         module.requires_grad_(True)
-
-
-def _rescale(optimizer: LightningOptimizer, ratio: float) -> None:
-    """fp16: the generator's step may have changed the loss scale that these gradients were made with."""
-    if ratio != 1.0:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(ratio)

@@ -40,6 +40,8 @@ class MLLMStage(TrainingModule):
         mllm: the model.
         learning_rates: of trained parts by name; those that are not given are the stage's, of Table 1.
         optimizer: gets one group with its rate for every trained part.
+        matrix_optimizer: takes the matrices of the trunk's blocks from it, at a rate of its own, such as
+            ``torch.optim.Muon``; none leaves them with the others (paper).
         lr_scheduler: stepped once per training step; ``None`` is the paper's constant rate.
         gradient_clip: largest gradient norm; 0 turns clipping off (official release: 1.0).
         tokenizer: DualViTok run, checkpoint or published file that makes the codes of images to generate, where
@@ -60,6 +62,7 @@ class MLLMStage(TrainingModule):
         mllm: MLLM,
         learning_rates: dict[str, float] | None = None,
         optimizer: OptimizerCallable = default_optimizer,
+        matrix_optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_clip: float = 1.0,
         tokenizer: str | None = None,
@@ -75,7 +78,8 @@ class MLLMStage(TrainingModule):
             )
         self.model = mllm
         self.learning_rates = {**self.rates, **(learning_rates or {})}
-        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._optimizer, self._matrix_optimizer = optimizer, matrix_optimizer
+        self._lr_scheduler = lr_scheduler
         self.tokenizer_path, self.z_loss = tokenizer, z_loss
         self._freeze()
         if checkpoint_activations:
@@ -99,20 +103,47 @@ class MLLMStage(TrainingModule):
                 parameter.requires_grad_(True)
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
-        """One optimizer with a group for every trained part."""
+        """One optimizer with a group for every trained part, and the matrices' own where there is one.
+
+        Raises:
+            ValueError: if there is one, and the trunk does not train.
+        """
+        matrices = [] if self._matrix_optimizer is None else self._trained_matrices()
+        apart = {id(parameter) for parameter in matrices}
         groups = [
-            {"params": parameters, "lr": self.learning_rates[name], "name": name}
+            {
+                "params": [p for p in parameters if id(p) not in apart],
+                "lr": self.learning_rates[name],
+                "name": name,
+            }
             for name, parameters in self.parts().items()
         ]
-        optimizer = self._optimizer(groups)
-        return [optimizer], [] if self._lr_scheduler is None else [self._lr_scheduler(optimizer)]
+        optimizers = [self._optimizer(groups)]
+        if self._matrix_optimizer is not None:
+            optimizers.append(self._matrix_optimizer([{"params": matrices, "name": "llm matrices"}]))
+        if self._lr_scheduler is None:
+            return optimizers, []
+        return optimizers, [self._lr_scheduler(optimizer) for optimizer in optimizers]
+
+    def _trained_matrices(self) -> list[nn.Parameter]:
+        matrices = [p for p in self.model.trunk.parameters() if p.requires_grad and p.ndim == 2]
+        if not matrices:
+            raise ValueError(
+                f"matrix_optimizer is for the trunk's matrices, which {type(self).__name__} does not train: leave it "
+                "out"
+            )
+        return matrices
+
+    def gradient_norm_name(self, optimizer: torch.optim.Optimizer) -> str:
+        """Those of the matrices apart."""
+        return "grad_norm" if optimizer is self.all_optimizers()[0].optimizer else "matrices_grad_norm"
 
     def describe(self) -> str:
-        """Table of what trains at which rate, from the optimizer."""
+        """Table of what trains at which rate, from the optimizers."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         lines = [f"{type(self).__name__}: {total:,} parameters"]
         trained = 0
-        for group in self.all_optimizers()[0].param_groups:
+        for group in (group for optimizer in self.all_optimizers() for group in optimizer.param_groups):
             count = sum(parameter.numel() for parameter in group["params"])
             trained += count
             lines.append(f"  {group['name']:<16} {count:>15,} parameters  lr {group['lr']:.1e}")

@@ -1,6 +1,7 @@
 """What every trained part shares: training steps by the curriculum's count, clipping, and a NaN sentinel."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -44,13 +45,26 @@ class TrainingModule(L.LightningModule):
         return optimizers if isinstance(optimizers, list) else [optimizers]
 
     def descend(self, loss: Tensor) -> None:
-        """Backward of a micro-batch, and with the last one the step of the only optimizer and its schedule."""
+        """Backward of a micro-batch, and with the last one the step of all optimizers and their schedules."""
         self.manual_backward(loss / self.accumulation)
         if self.is_last_micro_batch:
-            optimizer = self.all_optimizers()[0]
-            optimizer.step()
-            optimizer.zero_grad()
+            self.step_optimizers(self.all_optimizers())
             self.step_schedules()
+
+    def step_optimizers(self, optimizers: Sequence[LightningOptimizer]) -> None:
+        """One training step by one or several optimizers, whose gradients are there."""
+        scale = self._loss_scale()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        for optimizer in optimizers[1:]:
+            _rescale(optimizer, self._loss_scale() / scale)
+            with _uncounted(optimizer):
+                optimizer.step()
+            optimizer.zero_grad()
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else scaler.get_scale()
 
     def step_schedules(self) -> None:
         """Once per training step."""
@@ -121,3 +135,26 @@ class FixedNetworks(dict[str, nn.Module]):
 
     def __deepcopy__(self, memo: Any) -> "FixedNetworks":
         return self
+
+
+@contextmanager
+def _uncounted(optimizer: LightningOptimizer) -> Iterator[None]:
+    """Lightning's ``global_step`` counts every optimizer's steps; a training step is the first one's alone."""
+    hooks: tuple[Callable[[], None], Callable[[], None]] = (
+        optimizer._on_before_step,
+        optimizer._on_after_step,
+    )
+    optimizer._on_before_step = optimizer._on_after_step = lambda: None
+    try:
+        yield
+    finally:
+        optimizer._on_before_step, optimizer._on_after_step = hooks
+
+
+def _rescale(optimizer: LightningOptimizer, ratio: float) -> None:
+    """fp16: an earlier optimizer's step may have changed the loss scale that these gradients were made with."""
+    if ratio != 1.0:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(ratio)

@@ -238,6 +238,47 @@ def test_resume_equals_the_uninterrupted_run(world, tmp_path, cut):
         assert torch.equal(second.state_dict()[key], value), key
 
 
+def muon(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.Muon(groups, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+
+def test_the_matrices_have_an_optimizer_of_their_own(world, tmp_path, caplog):
+    module = build(world, lr=0.0, matrix_optimizer=muon)
+    before = weights(module)
+    trainer = trainer_for(tmp_path, phases(2))
+    with caplog.at_level("INFO"):
+        trainer.fit(module, data(world, *TASKS))
+    assert trainer.global_step == 2
+    moved = {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
+    trunk = {f"model.trunk.{key}" for key, p in module.model.trunk.named_parameters() if p.ndim == 2}
+    assert moved == trunk
+    held = [id(p) for o in module.all_optimizers() for group in o.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+    assert "llm matrices" in caplog.text and "lr 1.0e-02" in caplog.text
+    assert "train/matrices_grad_norm" in trainer.callback_metrics
+
+
+def test_resume_with_two_optimizers_equals_the_uninterrupted_run(world, tmp_path):
+    run, options = phases(4), {"matrix_optimizer": muon}
+    whole, first, second = (build(world, **options) for _ in range(3))
+    trainer_for(tmp_path, run).fit(whole, data(world, *TASKS))
+    trainer = trainer_for(tmp_path, run, _StopAt(2))
+    trainer.fit(first, data(world, *TASKS))
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    trainer_for(tmp_path, run).fit(second, data(world, *TASKS), ckpt_path=tmp_path / "cut.ckpt")
+    for key, value in weights(whole).items():
+        assert torch.equal(second.state_dict()[key], value), key
+
+
+def test_no_matrices_to_optimise(world, tmp_path):
+    with pytest.raises(
+        ValueError, match="matrix_optimizer is for .* MLLMStage1 does not train: leave it out"
+    ):
+        trainer_for(tmp_path, phases(1)).fit(
+            build(world, MLLMStage1, matrix_optimizer=muon), data(world, "captioning")
+        )
+
+
 class _StopAt(L.Callback):
     def __init__(self, step: int) -> None:
         self.step = step

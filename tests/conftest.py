@@ -21,7 +21,7 @@ def parity_dir() -> Path:
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with ``train`` (48 pictures, square and wide) and ``val`` (16) stores of the shapes world."""
-    from illume_lightning.data.worlds.shapes import prepare_shapes
+    from illume_lightning.data.worlds.prepare_shapes import prepare_shapes
 
     folder = tmp_path_factory.mktemp("shapes")
     sizes = ((112, 112), (80, 160))

@@ -17,6 +17,7 @@ RUNS = [
         str(path.relative_to(EXPERIMENTS))
         for world in ("paper", "shapes", "emoji")
         for path in (EXPERIMENTS / world).glob("*.yaml")
+        if not path.name.startswith("schedule")  # a list of steps, not a run
     ),
 ]
 HARDWARE = sorted(str(path.relative_to(EXPERIMENTS)) for path in (EXPERIMENTS / "hardware").glob("*.yaml"))

@@ -24,6 +24,7 @@ RECONSTRUCT = "<image>\nReconstruct the image according to the given image\n"
 RANDOM = "Generate a random image of {resolution_tag}\n"
 """The official release's unconditional prompt of text to image."""
 
+_BLANK = re.compile(r"\{caption\}|\{instruction\}")
 _PLACEHOLDER = re.compile(f"({re.escape(IMAGE)}|{re.escape(RESOLUTION_TAG)})")
 
 
@@ -51,6 +52,15 @@ class Unconditional(NamedTuple):
 
     images: tuple[int, ...]
     """For each image of it, the number of the original conversation's image that stands there."""
+
+
+def filled(template: str, text: str) -> str | None:
+    """What stands in a template's only blank; none if the text was not made from it, or nothing or a picture stands."""
+    before, after = _BLANK.split(template)
+    if not (text.startswith(before) and text.endswith(after)):
+        return None
+    words = text[len(before) : len(text) - len(after)].strip()
+    return None if not words or _PLACEHOLDER.search(words) else words
 
 
 def render(conversation: Conversation, tokenizer: TextTokenizer) -> list[Piece]:

@@ -30,6 +30,8 @@ class ConversationRecord(NamedTuple):
     conversation: Conversation
     images: tuple[bytes, ...]
     source: str
+    meta: str
+    """What else is known of it, as a JSON object on one line; "{}" if nothing is."""
 
 
 class ConversationStore(Store):
@@ -83,7 +85,8 @@ class ConversationStore(Store):
         record = self._record(index)
         content = json.loads(record.meta)
         conversation = Conversation(tuple(Turn(**turn) for turn in content["turns"]))
-        return ConversationRecord(conversation, unpack_images(record.image), content["source"])
+        known = json.dumps(content.get("meta", {}), ensure_ascii=False, separators=(",", ":"))
+        return ConversationRecord(conversation, unpack_images(record.image), content["source"], known)
 
 
 def make_sample(
@@ -94,6 +97,7 @@ def make_sample(
     tokenizer: TextTokenizer,
     converted: tuple[str, ...] = (),
     split: str = "",
+    meta: str = "{}",
 ) -> Sample:
     """A conversation as a record to write.
 
@@ -105,6 +109,7 @@ def make_sample(
         tokenizer: Counts the tokens of text.
         converted: What was changed in the images.
         split: The store it goes to.
+        meta: What else is known of it, a JSON object, for `ConversationRecord.meta`.
 
     Raises:
         ValueError: If no image to generate follows a resolution tag.
@@ -119,9 +124,10 @@ def make_sample(
     for number, (is_target, size) in enumerate(zip(conversation.is_target, sizes, strict=True)):
         row += [int(is_target), *size, mentions[number]]
     source = json.dumps(name, ensure_ascii=False)
-    meta = f'{{"source":{source},"turns":{conversation.to_json()}}}'
+    known = "" if meta == "{}" else f',"meta":{meta}'
+    content = f'{{"source":{source},"turns":{conversation.to_json()}{known}}}'
     first = sizes[0] if sizes else (0, 0)
-    return Sample(name, pack_images(images), "", meta, *first, converted, split, tuple(row))
+    return Sample(name, pack_images(images), "", content, *first, converted, split, tuple(row))
 
 
 def pack_images(images: Sequence[bytes]) -> bytes:

@@ -5,24 +5,23 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
 from torchmetrics import MeanMetric
 
 from illume_lightning.lit.datamodule import ImageBatch
 from illume_lightning.lit.dualvitok import to_float
 from illume_lightning.lit.training import TrainingModule
-from illume_lightning.nn.contrastive import ImageTextModel, Region
+from illume_lightning.nn.text_alignment import Region, TextAlignment
 
 
 class VisionEncoderModule(TrainingModule):
-    """Contrastive training on pictures with captions and, where the data names them, regions with phrases.
+    """Training to name the words of captions and, where the data names them, of phrases about regions.
 
     The record's ``meta`` may hold ``regions``: a list of ``[phrase, top, left, bottom, right]`` with edges as
     fractions of the picture. Train without crops and flips (size mode ``any_resolution``), which would move
     them.
 
     Args:
-        model: tower and text encoder.
+        model: tower and words.
         optimizer: of all parameters.
         lr_scheduler: stepped once per training step; ``None`` keeps the rate constant.
         region_weight: weight of the region loss beside the caption loss.
@@ -31,7 +30,7 @@ class VisionEncoderModule(TrainingModule):
 
     def __init__(
         self,
-        model: ImageTextModel,
+        model: TextAlignment,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         region_weight: float = 1.0,
@@ -49,7 +48,7 @@ class VisionEncoderModule(TrainingModule):
         return [optimizer], [] if self._lr_scheduler is None else [self._lr_scheduler(optimizer)]
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Sigmoid contrastive loss of captions, plus that of regions."""
+        """Words of captions, plus words of regions."""
         regions = regions_of(batch)
         whole, parts = self.model.embed_images(to_float(batch.images), regions)
         caption_loss = self.model.loss(whole, batch.captions)
@@ -66,23 +65,17 @@ class VisionEncoderModule(TrainingModule):
         self._recall = {name: MeanMetric().to(self.device) for name in ("caption", "region")}
 
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Share of pictures, and of regions, whose own text is the nearest one of the batch."""
+        """Share of the words of captions, and of regions, that are among the batch's words that score best."""
         regions = regions_of(batch)
         whole, parts = self.model.embed_images(to_float(batch.images), regions)
-        self._count("caption", whole, batch.captions)
+        self._recall["caption"].update(self.model.recall(whole, batch.captions))
         if regions:
-            self._count("region", parts, [region.phrase for region in regions])
-
-    def _count(self, name: str, images: Tensor, texts: list[str]) -> None:
-        distinct = list(dict.fromkeys(texts))
-        target = torch.tensor([distinct.index(text) for text in texts], device=images.device)
-        nearest = (images @ self.model.text(distinct).T).argmax(1)
-        self._recall[name].update((nearest == target).float().mean(), len(texts))
+            self._recall["region"].update(self.model.recall(parts, [region.phrase for region in regions]))
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/retrieval/caption`` and ``val/retrieval/region``, each in [0, 1]."""
+        """Log ``val/words/caption`` and ``val/words/region``, each in [0, 1]."""
         for name, metric in self._recall.items():
-            self.log(f"val/retrieval/{name}", metric.compute(), prog_bar=True)
+            self.log(f"val/words/{name}", metric.compute(), prog_bar=True)
 
 
 def regions_of(batch: ImageBatch) -> list[Region]:

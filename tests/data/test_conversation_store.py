@@ -35,6 +35,8 @@ EXAMPLES = [
     (talk(EDIT, f"Here: {IMAGE} and {IMAGE}.", "Thanks.", "Welcome."), [(16, 16), (17, 18), (19, 20)]),
 ]
 
+KNOWN = '{"world":"caf\u00e9","kinds":["count","caption"],"number":3}'
+
 
 @dataclass(frozen=True)
 class ExamplesPart:
@@ -46,7 +48,8 @@ class ExamplesPart:
         for number in range(self.start, self.start + self.num_items):
             conversation, sizes = EXAMPLES[number % len(EXAMPLES)]
             images = [bytes([number]) * (10 + height) for height, _ in sizes]
-            yield make_sample(f"file:{number}", conversation, images, sizes, self.tokenizer)
+            known = "{}" if number % 2 else KNOWN
+            yield make_sample(f"file:{number}", conversation, images, sizes, self.tokenizer, meta=known)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def test_records_come_back(written: Path) -> None:
         assert record.conversation == conversation
         assert record.images == tuple(bytes([index]) * (10 + height) for height, _ in sizes)
         assert record.source == f"file:{index}"
+        assert record.meta == ("{}" if index % 2 else KNOWN)
     with pytest.raises(IndexError, match="record 10"):
         store.read(10)
     store.verify()

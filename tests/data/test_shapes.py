@@ -1,29 +1,35 @@
 """Shapes: scenes are what they say, pictures show them on any canvas, splits never share a scene."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from illume_lightning.data.image import decode
 from illume_lightning.data.store import ImageStore
+from illume_lightning.data.worlds.prepare_shapes import picture_sizes, prepare_shapes
 from illume_lightning.data.worlds.shapes import (
     BACKGROUNDS,
     COLOURS,
     PLACES,
     RADII,
+    SEEN_PAIRS,
     SHAPES,
     SPLITS,
+    UNSEEN_PAIRS,
     Object,
     Scene,
+    appearance,
     caption,
     draw_scene,
     object_masks,
+    pairs_of,
     phrase,
-    prepare_shapes,
     render,
     split_of,
-)  # fmt: skip
+)
+from illume_lightning.resolution import ratio_sizes
 
 FULL = Scene(
     "black",
@@ -113,6 +119,7 @@ def test_masks_explain_the_picture() -> None:
 
 
 def test_words() -> None:
+    assert appearance(FULL.objects[3]) == "a small purple star"
     assert phrase(FULL.objects[3]) == "a small purple star at the bottom right"
     assert caption(FULL) == (
         "a large red circle at the top left, a small cyan square at the top right, "
@@ -127,6 +134,7 @@ def test_json_round_trip_and_reading_order() -> None:
     for index in range(50):
         scene = draw_scene(3, index)
         assert Scene.from_json(scene.to_json()) == scene
+        assert Scene.from_dict(json.loads(json.dumps(asdict(scene)))) == scene
     shuffled = Scene("black", FULL.objects[::-1])
     assert shuffled == FULL
     assert shuffled.to_json() == FULL.to_json()
@@ -146,10 +154,10 @@ def test_scenes_are_a_function_of_seed_and_index() -> None:
     assert scenes[::-1] == [draw_scene(0, index) for index in reversed(range(200))]
     assert scenes[7] == Scene.from_json(
         '{"background":"black","objects":['
-        '{"colour":"cyan","place":"top left","shape":"square","size":"large"},'
-        '{"colour":"green","place":"top right","shape":"star","size":"large"},'
-        '{"colour":"cyan","place":"bottom left","shape":"circle","size":"small"},'
-        '{"colour":"cyan","place":"bottom right","shape":"star","size":"large"}]}'
+        '{"colour":"blue","place":"top left","shape":"circle","size":"large"},'
+        '{"colour":"cyan","place":"top right","shape":"triangle","size":"large"},'
+        '{"colour":"orange","place":"bottom left","shape":"circle","size":"small"},'
+        '{"colour":"purple","place":"bottom right","shape":"star","size":"large"}]}'
     )
     assert sum(a == draw_scene(1, i) for i, a in enumerate(scenes)) < 3
     counts = np.bincount([len(scene.objects) for scene in scenes], minlength=5)
@@ -169,19 +177,38 @@ def test_splits_never_share_a_scene() -> None:
         split: {draw_scene(seed, i, split=split, max_objects=1) for seed in (0, 1) for i in range(400)}
         for split in SPLITS
     }
-    assert not drawn["train"] & drawn["val"]
-    assert not drawn["train"] & drawn["test"]
-    assert not drawn["val"] & drawn["test"]
+    assert len(set().union(*drawn.values())) == sum(map(len, drawn.values()))
     assert all(split_of(scene) == split for split, scenes in drawn.items() for scene in scenes)
     every = [
         Scene(background, (Object(shape, colour, size, place),))
         for background in BACKGROUNDS for shape in SHAPES for colour in COLOURS
         for size in RADII for place in PLACES
     ]  # fmt: skip
-    shares = {split: sum(split_of(scene) == split for scene in every) / len(every) for split in SPLITS}
+    assert drawn["compositional"] == {scene for scene in every if not scene.pairs.isdisjoint(UNSEEN_PAIRS)}
+    seen = [scene for scene in every if scene not in drawn["compositional"]]
+    shares = {split: sum(split_of(scene) == split for scene in seen) / len(seen) for split in SPLITS[:3]}
     assert shares["train"] == pytest.approx(0.9, abs=0.04)
     assert shares["val"] == pytest.approx(0.05, abs=0.03)
     assert shares["test"] == pytest.approx(0.05, abs=0.03)
+
+
+def test_unseen_pairs_are_in_the_compositional_split_alone() -> None:
+    assert sorted(shape for _, shape in UNSEEN_PAIRS) == sorted(SHAPES)
+    assert len({colour for colour, _ in UNSEEN_PAIRS}) == len(UNSEEN_PAIRS) == 4
+    assert set(pairs_of("train")) == set(SEEN_PAIRS)
+    assert len(SEEN_PAIRS) == 24
+    for split in SPLITS:
+        scenes = [draw_scene(2, index, split=split) for index in range(300)]
+        assert set().union(*(scene.pairs for scene in scenes)) == set(pairs_of(split))
+        assert all(scene.pairs.isdisjoint(UNSEEN_PAIRS) == (split != "compositional") for scene in scenes)
+        counts = np.bincount([len(scene.objects) for scene in scenes], minlength=5)
+        assert counts[0] == 0
+        assert counts[1:].min() > 50  # whatever the split, all numbers of objects are as likely
+        if split == "compositional":
+            things = [thing for scene in scenes for thing in scene.objects]
+            unseen = [thing.place for thing in things if (thing.colour, thing.shape) in UNSEEN_PAIRS]
+            assert 0.4 < len(unseen) / len(things) < 0.6
+            assert min(map(unseen.count, PLACES)) > 0.15 * len(unseen)
 
 
 def test_prepare(tmp_path) -> None:
@@ -200,7 +227,7 @@ def test_prepare(tmp_path) -> None:
             scene.objects, json.loads(record.meta)["regions"], strict=True
         ):
             row, column = divmod(PLACES.index(thing.place), 2)
-            assert words == phrase(thing)
+            assert words == appearance(thing)
             assert (top, left, bottom, right) == (row / 2, column / 2, (row + 1) / 2, (column + 1) / 2)
         assert (decode(record.image) == render(scene, *store.sizes[index].tolist())).all()
     prepare_shapes(tmp_path / "b", count=40, seed=5, split="val", sizes=sizes)
@@ -208,16 +235,43 @@ def test_prepare(tmp_path) -> None:
     assert [shorter.read(i) for i in range(40)] == [store.read(i) for i in range(40)]  # more only adds
 
 
+def test_pictures_of_the_eleven_ratios(tmp_path) -> None:
+    assert picture_sizes(None, None) == ((224, 224),)
+    assert picture_sizes([(32, 48)], None) == ((32, 48),)
+    expected = ratio_sizes(64)
+    drawn = picture_sizes(None, 64)
+    assert drawn.count((64, 64)) == len(drawn) / 2
+    assert set(drawn) == set(expected)
+    prepare_shapes(tmp_path / "ratios", count=200, ratios=64)
+    sizes = [tuple(size) for size in ImageStore(tmp_path / "ratios").sizes.tolist()]
+    assert set(sizes) == set(expected)
+    assert 0.4 < sizes.count((64, 64)) / 200 < 0.6
+
+
+def test_pictures_of_all_pairs_are_another_store(tmp_path) -> None:
+    """A store from before there were unseen pairs is not taken for one without them."""
+    options: dict = {"count": 3, "sizes": [(16, 16)]}
+    manifest = prepare_shapes(tmp_path / "a", **options)[""]
+    assert manifest.identity["unseen_pairs"] == [list(pair) for pair in UNSEEN_PAIRS]
+    content = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    del content["identity"]["unseen_pairs"]
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"with other options \(unseen_pairs was None"):
+        prepare_shapes(tmp_path / "a", **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"count": 0}, "count is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"split": "dev"}, "split is 'dev'; it must be one of train, val, test"),
+        ({"split": "dev"}, "split is 'dev'; it must be one of train, val, test, compositional"),
         ({"max_objects": 5}, "max_objects=5"),
         ({"min_objects": 3, "max_objects": 2}, "min_objects=3"),
         ({"sizes": []}, "give at least one"),
         ({"sizes": [(224, 8)]}, "224, 8"),
+        ({"sizes": [(224, 224)], "ratios": 112}, "sizes is .* and ratios is 112; give one of them"),
+        ({"ratios": 8}, "side 8: the smallest picture"),
     ],
 )
 def test_options_out_of_range(tmp_path, options: dict, message: str) -> None:

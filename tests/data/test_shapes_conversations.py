@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from illume_lightning.data.conversation import IMAGE, Conversation, Turn
+from illume_lightning.data.conversation_store import ConversationStore
+from illume_lightning.data.image import decode
 from illume_lightning.data.store import Manifest
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.worlds.conversations import WorldTask
@@ -20,11 +22,13 @@ from illume_lightning.data.worlds.shapes import (
     RADII,
     SHAPES,
     SPLITS,
+    UNSEEN_PAIRS,
     Object,
     Scene,
     caption,
     draw_scene,
     phrase,
+    render,
     split_of,
 )  # fmt: skip
 from illume_lightning.data.worlds.shapes_conversations import (
@@ -35,11 +39,17 @@ from illume_lightning.data.worlds.shapes_conversations import (
     prepare_shapes_conversations,
     prepare_shapes_tokenizer,
 )  # fmt: skip
-from illume_lightning.data.worlds.shapes_edits import draw_edit, edits
+from illume_lightning.data.worlds.shapes_edits import EditKind, draw_edit, edits
 from illume_lightning.data.worlds.shapes_questions import Question, questions
+from illume_lightning.data.worlds.shapes_tasks import prepare_shapes_tasks
 
 TASKS: tuple[WorldTask, ...] = get_args(WorldTask)
-SCENES = [draw_scene(3, index) for index in range(60)] + [Scene("white", ()), Scene("black", ())]
+SCENES = [
+    *(draw_scene(3, index) for index in range(40)),
+    *(draw_scene(3, index, split="compositional") for index in range(20)),
+    Scene("white", ()),
+    Scene("black", ()),
+]
 
 
 @pytest.fixture(scope="module")
@@ -135,20 +145,78 @@ def obey(scene: Scene, instruction: str) -> Scene:
     return Scene(scene.background, (*others, changed))
 
 
-def test_drawn_edits_are_of_all_kinds_and_stay_in_the_split() -> None:
+def test_a_drawn_edit_is_of_its_kind_and_stays_in_the_split() -> None:
     random = np.random.default_rng(0)
-    kinds: Counter[str] = Counter()
     for split in SPLITS:
-        for index in range(60):
+        for index in range(40):
             scene = draw_scene(0, index, split=split)
-            edit = draw_edit(scene, random)
-            if edit is None:
-                assert split != "train"
-                assert all(split_of(each.scene) != split for each in edits(scene))
-                continue
-            kinds[edit.kind] += split == "train"
-            assert split_of(edit.scene) == split
-    assert min(kinds.values()) >= 6 and len(kinds) == 4
+            for kind in get_args(EditKind):
+                edit = draw_edit(scene, kind, random)
+                if edit is None:
+                    assert all(split_of(each.scene) != split for each in edits(scene) if each.kind == kind)
+                else:
+                    assert edit.kind == kind and split_of(edit.scene) == split
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_kinds_of_edits_are_equally_likely_in_every_split(split: str) -> None:
+    """By the binomial's bounds: 80 at one quarter stay within 4 standard deviations of 20."""
+    kinds = Counter(draw_example("editing", SceneOptions(split=split), index).edit for index in range(80))
+    assert len(kinds) == 4 and max(abs(count - 20) for count in kinds.values()) <= 15
+    full = SceneOptions(split=split, min_objects=4)  # nowhere to put or to move anything
+    assert {draw_example("editing", full, index).edit for index in range(8)} == {"recolour", "remove"}
+
+
+def test_all_tasks_and_splits_at_once(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    options = {
+        "tokenizer": str(tokenizer.folder),
+        "held_out": 3,
+        "sizes": [(48, 48)],
+        "one_object_share": 1.0,
+    }
+    made = prepare_shapes_tasks(tmp_path, train={"editing": 5, "text": 4}, **options)
+    assert {name: manifest.written for name, manifest in made.items()} == {
+        f"{task}/{split}": (5 if task == "editing" else 4) if split == "train" else 3
+        for task in ("editing", "text")
+        for split in SPLITS
+    }
+    store = ConversationStore(tmp_path / "editing" / "train")
+    scenes = [json.loads(store.read(index).meta)["scenes"][0] for index in range(5)]
+    assert all(len(scene["objects"]) == 1 for scene in scenes)
+    with pytest.raises(ValueError, match="train names no task"):
+        prepare_shapes_tasks(tmp_path, train={}, **options)
+    with pytest.raises(ValueError, match="task is 'edit'"):
+        prepare_shapes_tasks(tmp_path, train={"edit": 1}, **options)
+
+
+def pairs_in(texts: list[str]) -> set[tuple[str, str]]:
+    """Colours and shapes that texts name together."""
+    named = re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", "\n".join(texts))
+    return set(named)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_unseen_pairs_are_named_in_the_compositional_split_alone(task: WorldTask) -> None:
+    for split in SPLITS:
+        examples = [
+            draw_example(task, SceneOptions(seed, split), index) for seed in (0, 1) for index in range(60)
+        ]
+        shown = set().union(*(scene.pairs for example in examples for scene in example.scenes))
+        named = pairs_in([turn.text for example in examples for turn in example.conversation.turns])
+        assert bool(named) == (task != "reconstruction")
+        if split == "compositional":
+            assert named >= set(UNSEEN_PAIRS) or task == "reconstruction"
+        else:
+            assert (named | shown).isdisjoint(UNSEEN_PAIRS)
+
+
+def test_existence_is_asked_of_all_pairs_that_a_split_may_have() -> None:
+    random = np.random.default_rng(0)
+    for split, most in (("train", 24), ("compositional", 28)):
+        scenes = [draw_scene(1, index, split=split) for index in range(500)]
+        asked = [each for scene in scenes for each in questions(scene, random) if each.kind == "existence"]
+        for answer in ("yes", "no"):
+            assert len(pairs_in([each.text for each in asked if each.answer == answer])) == most
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -159,8 +227,10 @@ def test_examples_reproduce_and_keep_to_their_split(task: WorldTask) -> None:
         assert examples == [draw_example(task, options, index) for index in range(30)]
         assert {split_of(scene) for example in examples for scene in example.scenes} <= {split}
         assert len({example.conversation for example in examples}) > (0 if task == "reconstruction" else 20)
-        for conversation, scenes in examples:
-            assert len(scenes) == len(conversation.is_target)
+        for example in examples:
+            turns = [turn.role for turn in example.conversation.turns]
+            assert len(example.scenes) == len(example.conversation.is_target)
+            assert len(example.kinds) == turns.count("assistant")
     other = [draw_example(task, SceneOptions(seed=6), index) for index in range(30)]
     assert other != [draw_example(task, SceneOptions(seed=5), index) for index in range(30)]
 
@@ -190,18 +260,27 @@ def test_conversations_of_each_task() -> None:
     assert [first[task][1] for task in ("reconstruction", "generation", "editing")] == [
         Turn("assistant", IMAGE)
     ] * 3
+    kinds = {task: found[task].kinds for task in ("reconstruction", "captioning", "generation")}
+    assert kinds == {"reconstruction": ("picture",), "captioning": ("caption",), "generation": ("picture",)}
+    (edit,) = (edit for edit in edits(source) if edit.scene == target)
+    assert found["editing"].kinds == (edit.kind,)
+    assert {task: example.edit for task, example in found.items() if example.edit} == {"editing": edit.kind}
 
 
 def test_several_questions_share_a_picture_or_a_text() -> None:
     for index in range(20):
         (scene,) = draw_example("understanding", SceneOptions(), index).scenes
         for task, opening in (("understanding", "<image>\n"), ("text", f"There is {caption(scene)}.\n")):
-            turns = draw_example(task, SceneOptions(), index).conversation.turns
+            example = draw_example(task, SceneOptions(), index)
+            turns = example.conversation.turns
             assert [turn.role for turn in turns] == ["user", "assistant"] * QUESTIONS_PER_SCENE
             assert turns[0].text.startswith(opening)
             texts = [turn.text.removeprefix(opening) for turn in turns]
             for text, answer in zip(texts[::2], texts[1::2], strict=True):
                 assert answer == by_hand(scene, Question("content", text, ""))
+            asked = {each.text: each.kind for each in questions(scene, np.random.default_rng(0))}
+            kinds = [asked.get(text, "existence") for text in texts[::2]]
+            assert list(example.kinds) == kinds
 
 
 def test_one_object_share() -> None:
@@ -238,12 +317,33 @@ def test_records_are_the_examples(task: WorldTask, tokenizer: TextTokenizer) -> 
     assert len(samples) == part.num_items == 8
     assert samples == list(part.read())
     for index, sample in zip(part.indices, samples, strict=True):
-        turns = json.loads(sample.meta)["turns"]
+        content = json.loads(sample.meta)
         example = draw_example(task, SceneOptions(seed=2), index)
-        assert Conversation(tuple(Turn(**turn) for turn in turns)) == example.conversation
+        assert Conversation(tuple(Turn(**turn) for turn in content["turns"])) == example.conversation
+        assert content["meta"] == json.loads(example.meta)
         assert (sample.name, sample.split) == (str(index), "")
     found = {(sample.height, sample.width) for sample in samples}
     assert found == ({(0, 0)} if task == "text" else set(sizes))
+
+
+def test_records_know_their_scenes_and_kinds(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    for task, split in (("editing", "test"), ("text", "train"), ("understanding", "compositional")):
+        out = tmp_path / task
+        options = {"task": task, "split": split, "count": 8, "ratios": 64}
+        prepare_shapes_conversations(out, tokenizer=str(tokenizer.folder), **options)
+        store = ConversationStore(out)
+        for index in range(8):
+            record = store.read(index)
+            known = json.loads(record.meta)
+            assert list(known) == ["world", "scenes", "kinds", *(["edit"] if task == "editing" else [])]
+            assert known["world"] == "shapes"
+            example = draw_example(task, SceneOptions(split=split), index)
+            assert tuple(map(Scene.from_dict, known["scenes"])) == example.scenes
+            assert tuple(known["kinds"]) == example.kinds
+            assert known.get("edit") == example.edit
+            for scene, data in zip(example.scenes, record.images, strict=True):
+                picture = decode(data)
+                assert np.array_equal(picture, render(scene, *picture.shape[:2]))
 
 
 def test_prepare_writes_a_store(tokenizer: TextTokenizer, tmp_path: Path) -> None:
@@ -273,6 +373,7 @@ def test_prepare_writes_a_store(tokenizer: TextTokenizer, tmp_path: Path) -> Non
         ({"one_object_share": 1.5}, "one_object_share is 1.5"),
         ({"max_objects": 5}, "max_objects=5"),
         ({"split": "all"}, "split is 'all'"),
+        ({"sizes": [(64, 64)], "ratios": 64}, "sizes is .* and ratios is 64; give one of them"),
     ],
 )
 def test_options_out_of_range_are_refused(

@@ -7,17 +7,13 @@ it. Pictures are rendered from signed distances with analytic anti-aliasing: no 
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
+from itertools import product
+from typing import Any
 
 import numpy as np
-
-from illume_lightning.data.image import encode_png
-from illume_lightning.data.part import Lost, Sample
-from illume_lightning.data.store import Manifest
-from illume_lightning.data.writer import write_stores
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {
@@ -35,11 +31,13 @@ RADII = {"small": 0.30, "large": 0.42}
 BACKGROUNDS = {"white": (245, 245, 245), "black": (20, 20, 20)}
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 """The cells of the canvas, in reading order: two rows of two."""
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test", "compositional")
+UNSEEN_PAIRS = (("purple", "circle"), ("cyan", "square"), ("orange", "triangle"), ("green", "star"))
+"""Colours and shapes that stand together in the split "compositional" alone: no other split shows or names
+them, so whoever makes such an object there has put together what was only learned apart."""
+SEEN_PAIRS = tuple(pair for pair in product(COLOURS, SHAPES) if pair not in UNSEEN_PAIRS)
 HELD_OUT = 0.05
-"""Share of all scenes that belongs to "val", and the same again to "test"."""
-
-_PART_ITEMS = 1024
+"""Share of the scenes without unseen pairs that belongs to "val", and the same again to "test"."""
 
 
 @dataclass(frozen=True)
@@ -91,23 +89,39 @@ class Scene:
         ordered = sorted(self.objects, key=lambda thing: PLACES.index(thing.place))
         object.__setattr__(self, "objects", tuple(ordered))
 
+    @property
+    def pairs(self) -> set[tuple[str, str]]:
+        """Colours and shapes that stand together."""
+        return {(thing.colour, thing.shape) for thing in self.objects}
+
     def to_json(self) -> str:
         """One line of JSON, the same for equal scenes."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> "Scene":
-        """The scene that `to_json` wrote, or of a record's `meta`."""
-        content = json.loads(text)
+        """The scene that `to_json` wrote, or of the `meta` of a picture's record."""
+        return Scene.from_dict(json.loads(text))
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> "Scene":
+        """The scene of which this is the `asdict`, such as those in the `meta` of a conversation's record."""
         return Scene(content["background"], tuple(Object(**thing) for thing in content["objects"]))
 
 
 def split_of(scene: Scene) -> str:
-    """The split a scene belongs to, by its hash: whoever draws it, from any seed, it is in one split."""
+    """The split a scene belongs to, by its pairs, then by its hash: the same whoever draws it, from any seed."""
+    if not scene.pairs.isdisjoint(UNSEEN_PAIRS):
+        return "compositional"
     number = int.from_bytes(hashlib.sha256(scene.to_json().encode()).digest()[:8], "big") / 2**64
     if number < HELD_OUT:
         return "val"
     return "test" if number < 2 * HELD_OUT else "train"
+
+
+def pairs_of(split: str) -> tuple[tuple[str, str], ...]:
+    """The colours and shapes that may stand together in the scenes and in the texts of a split."""
+    return (*SEEN_PAIRS, *UNSEEN_PAIRS) if split == "compositional" else SEEN_PAIRS
 
 
 def draw_scene(
@@ -115,46 +129,53 @@ def draw_scene(
 ) -> Scene:
     """Draw a scene; a function of its arguments alone.
 
+    The split's pairs of colour and shape are equally likely, but each scene of "compositional" has an object of an
+    unseen pair in any case.
+
     Args:
         seed: Seed of the world, 0 to 2^64 - 1.
         index: Number of the scene, 0 to 2^64 - 1.
         split: The scene comes from this split, see `split_of`.
         min_objects: Fewest objects; each number up to `max_objects` is equally likely.
-        max_objects: Most objects, up to 4.
+        max_objects: Most objects, up to 4; from 1 where an empty scene is in another split.
     """
-    random = _random(seed, index, SPLITS.index(split))
+    random = random_stream(seed, index, SPLITS.index(split))
+    pairs = pairs_of(split)
+    first = UNSEEN_PAIRS if split == "compositional" else pairs
     while True:
         count = int(random.integers(min_objects, max_objects + 1))
         places = random.permutation(len(PLACES))[:count]
         background = tuple(BACKGROUNDS)[random.integers(len(BACKGROUNDS))]
-        objects = tuple(
-            Object(
-                SHAPES[random.integers(len(SHAPES))],
-                tuple(COLOURS)[random.integers(len(COLOURS))],
-                tuple(RADII)[random.integers(len(RADII))],
-                PLACES[place],
-            )
-            for place in places
-        )
-        scene = Scene(background, objects)
+        objects = []
+        for number, place in enumerate(places):
+            among = pairs if number else first
+            colour, shape = among[random.integers(len(among))]
+            size = tuple(RADII)[random.integers(len(RADII))]
+            objects.append(Object(shape, colour, size, PLACES[place]))
+        scene = Scene(background, tuple(objects))
         if split_of(scene) == split:
             return scene
 
 
 def phrase(thing: Object) -> str:
     """An object in words, naming exactly one thing: "a small red star at the top left"."""
-    return f"a {thing.size} {thing.colour} {thing.shape} at the {thing.place}"
+    return f"{appearance(thing)} at the {thing.place}"
+
+
+def appearance(thing: Object) -> str:
+    """An object in words, without its place: "a small red star"."""
+    return f"a {thing.size} {thing.colour} {thing.shape}"
 
 
 def record_meta(scene: Scene) -> str:
-    """The `meta` of a scene's record: the scene, and `regions`, its objects' phrases and cells.
+    """The `meta` of a scene's record: the scene, and `regions`, its objects' names and cells.
 
-    A region is [phrase, top, left, bottom, right], edges as shares of the picture's height and width.
+    A region is [name, top, left, bottom, right], edges as shares of the picture's height and width.
     """
     regions = []
     for thing in scene.objects:
         row, column = divmod(PLACES.index(thing.place), 2)
-        regions.append([phrase(thing), row / 2, column / 2, (row + 1) / 2, (column + 1) / 2])
+        regions.append([appearance(thing), row / 2, column / 2, (row + 1) / 2, (column + 1) / 2])
     return json.dumps({**asdict(scene), "regions": regions}, sort_keys=True, separators=(",", ":"))
 
 
@@ -207,112 +228,11 @@ def object_masks(scene: Scene, height: int, width: int) -> np.ndarray:
     return masks
 
 
-def prepare_shapes(
-    output: str | Path,
-    *,
-    count: int,
-    seed: int = 0,
-    split: str = "train",
-    sizes: Sequence[tuple[int, int]] = ((224, 224),),
-    min_objects: int = 1,
-    max_objects: int = 4,
-    chunk_megabytes: int = 64,
-    num_workers: int = 0,
-    overwrite: bool = False,
-) -> dict[str, Manifest]:
-    """Write a store of shapes with captions; `meta` of each record is the scene and its regions.
+def random_stream(seed: int, index: int, stream: int) -> np.random.Generator:
+    """A generator that depends on its arguments only; streams of the same seed and index do not overlap.
 
-    Args:
-        output: The folder to make.
-        count: Number of pictures.
-        seed: Another seed gives other pictures.
-        split: "train", "val" or "test"; no scene is ever in two of them.
-        sizes: Heights and widths in pixels; each picture gets one of them at random.
-        min_objects: Fewest objects in a picture, from 1.
-        max_objects: Most objects in a picture, up to 4.
-        chunk_megabytes: Size of a chunk file in MB.
-        num_workers: Processes; 0 works in this one. The result does not depend on it.
-        overwrite: Replace a store that was made with other options.
-
-    Returns:
-        The manifest of the store, under "".
-
-    Raises:
-        ValueError: If an option is out of range, or `output` holds something else.
+    The numbers of the splits in `SPLITS` are the streams of their scenes.
     """
-    sizes = tuple((int(height), int(width)) for height, width in sizes)
-    check_options(count, seed, split, sizes, min_objects, max_objects)
-    identity = {
-        "kind": "shapes", "count": count, "seed": seed, "split": split, "sizes": sizes,
-        "min_objects": min_objects, "max_objects": max_objects,
-    }  # fmt: skip
-    return write_stores(
-        output,
-        identity,
-        lambda: [
-            ShapesPart(indices, seed, split, sizes, min_objects, max_objects)
-            for indices in part_indices(count)
-        ],
-        chunk_megabytes=chunk_megabytes,
-        num_workers=num_workers,
-        overwrite=overwrite,
-    )
-
-
-def check_options(
-    count: int, seed: int, split: str, sizes: tuple[tuple[int, int], ...], min_objects: int, max_objects: int
-) -> None:
-    """Refuse options of `prepare_shapes` that are out of range."""
-    if count < 1:
-        raise ValueError(f"count is {count}; at least 1 picture is needed")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {seed}; it must be between 0 and 2^64 - 1")
-    if split not in SPLITS:
-        raise ValueError(f"split is '{split}'; it must be one of {', '.join(SPLITS)}")
-    if not 1 <= min_objects <= max_objects <= len(PLACES):
-        raise ValueError(
-            f"min_objects={min_objects} and max_objects={max_objects} do not fit; "
-            f"1 <= min_objects <= max_objects <= {len(PLACES)}"
-        )
-    if not sizes or min(map(min, sizes)) < 16:
-        raise ValueError(f"sizes is {sizes}; give at least one pair of height and width, each from 16 pixels")
-
-
-def part_indices(count: int) -> list[range]:
-    """Numbers of the records of each part."""
-    return [range(count)[start : start + _PART_ITEMS] for start in range(0, count, _PART_ITEMS)]
-
-
-@dataclass(frozen=True)
-class ShapesPart:
-    """Some numbers of the pictures that `prepare_shapes` writes."""
-
-    indices: range
-    seed: int
-    split: str
-    sizes: tuple[tuple[int, int], ...]
-    min_objects: int
-    max_objects: int
-
-    @property
-    def num_items(self) -> int:
-        """Number of pictures."""
-        return len(self.indices)
-
-    def read(self) -> Iterator[Sample | Lost]:
-        """Draw the pictures."""
-        for index in self.indices:
-            scene = draw_scene(
-                self.seed, index, split=self.split, min_objects=self.min_objects, max_objects=self.max_objects
-            )
-            # A stream of its own: the scenes do not change with the list of sizes.
-            height, width = self.sizes[_random(self.seed, index, len(SPLITS)).integers(len(self.sizes))]
-            image = encode_png(render(scene, height, width), compress_level=1)
-            yield Sample(str(index), image, caption(scene), record_meta(scene), height, width)
-
-
-def _random(seed: int, index: int, stream: int) -> np.random.Generator:
-    """A generator that depends on its arguments only; streams of the same seed and index do not overlap."""
     key, counter = np.array([seed, index], np.uint64), np.array([0, 0, 0, stream], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 

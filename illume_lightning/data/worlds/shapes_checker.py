@@ -4,7 +4,8 @@ No learned model: the border gives the background, what differs from it falls in
 each part's coverage, between the background's colour and its own, is held against the world's shapes at
 several blurs. So a picture that a tokenizer or a diffusion decoder softened is still read, and a part
 that is none of the world's objects is reported as unclear and never guessed. Sharp pictures are read from
-about 24 pixels a side; below, and with strong blur below about 80, shapes become unclear but not wrong.
+about 24 pixels a side; below, and with strong blur below about 80, shapes become unclear but not wrong,
+save that a small star under strong blur and coding artefacts together can read as a circle.
 A pentagon or a polygon of more sides is nearer to the circle than a blurred circle is and reads as one.
 """
 
@@ -33,6 +34,8 @@ _FOREGROUND = 60.0
 """Distance in RGB from which a pixel is not background; the faintest pair, green on black, is 152 apart."""
 _SPECK = 0.15
 """Parts of less than this many squared radii of a small object are dirt; a small star has 1.6."""
+_SOFT_EDGE = 4
+"""Fewest pixels that a part's soft edge may be wide: two standard deviations of a blur of 2 pixels."""
 _DIRTY = 0.25
 """Largest share of the picture that may be dirt; with more, the background is none of the world's."""
 _NEAR_COLOUR = 60.0
@@ -162,7 +165,7 @@ def read_scene(picture: np.ndarray) -> Reading:
     foreground = np.linalg.norm(pixels - background, axis=2) > _FOREGROUND
     least = _SPECK * (RADII["small"] * min(height, width) / 2) ** 2
     parts = _components(_grow(_erode(foreground), steps=1), least)
-    around = _grow(parts, steps=max(2, round(0.04 * min(height, width))))
+    around = _grow(parts, steps=max(_SOFT_EDGE, round(0.04 * min(height, width))))
     found = [
         _read_part(pixels, background, parts == number, around == number)
         for number in range(1, int(parts.max()) + 1)

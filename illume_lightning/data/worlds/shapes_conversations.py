@@ -1,7 +1,8 @@
 """Conversations about the shapes world: every task of the MLLM, with answers that can be checked."""
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -21,17 +22,12 @@ from illume_lightning.data.worlds.conversations import (
     picture_conversation,
     question_conversation,
 )
-from illume_lightning.data.worlds.shapes import (
-    Scene,
-    caption,
-    check_options,
-    draw_scene,
-    part_indices,
-    render,
-)  # fmt: skip
-from illume_lightning.data.worlds.shapes_edits import draw_edit
+from illume_lightning.data.worlds.prepare_shapes import check_options, part_indices, picture_sizes
+from illume_lightning.data.worlds.shapes import PLACES, UNSEEN_PAIRS, Scene, caption, draw_scene, render
+from illume_lightning.data.worlds.shapes_edits import EditKind, draw_edit
 from illume_lightning.data.worlds.shapes_questions import questions
 from illume_lightning.data.writer import write_stores
+from illume_lightning.resolution import Size
 
 QUESTIONS_PER_SCENE = 6
 """Questions of a conversation. A few of all there are: after some of them the rest could be answered from what was
@@ -42,13 +38,26 @@ _ATTEMPT = 2**40  # how far apart the numbers of the scenes are that a record ma
 
 
 class Example(NamedTuple):
-    """A conversation, and what its images show."""
+    """A conversation, and what is known of it."""
 
     conversation: Conversation
     """Turns; images stand where they are looked at or generated."""
 
     scenes: tuple[Scene, ...]
-    """Of its images, in order."""
+    """Of its images, in order: what they show."""
+
+    kinds: tuple[str, ...]
+    """Of the assistant's turns, in order: the kind of the question or of the edit that it answers, "caption" for
+    the task captioning, and "picture" where a picture is made without being edited."""
+
+    edit: EditKind | None = None
+    """The kind of the edit, if the task is editing."""
+
+    @property
+    def meta(self) -> str:
+        """All of this but the conversation, as the JSON of a record's `meta`."""
+        known = {"world": "shapes", "scenes": [asdict(scene) for scene in self.scenes], "kinds": self.kinds}
+        return json.dumps(known | ({"edit": self.edit} if self.edit else {}), separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class SceneOptions:
 
     Args:
         seed: another seed gives other scenes.
-        split: "train", "val" or "test"; no scene is ever in two of them.
+        split: "train", "val", "test" or "compositional"; no scene is ever in two of them.
         min_objects: fewest objects in a scene, from 1.
         max_objects: most objects in a scene, up to 4.
         one_object_share: share of the scenes, 0 to 1, that have one object whatever the limits are.
@@ -77,24 +86,29 @@ class SceneOptions:
             raise ValueError(f"one_object_share is {self.one_object_share}; it must be between 0 and 1")
 
 
-def converse(scene: Scene, task: WorldTask, random: np.random.Generator) -> Example | None:
-    """A conversation about a scene.
+def edit_example(scene: Scene, kind: EditKind, random: np.random.Generator) -> Example | None:
+    """An edit of a scene; None if none of this kind leads to a scene of the same split."""
+    edit = draw_edit(scene, kind, random)
+    if edit is None:
+        return None
+    return Example(edit_conversation(edit.instruction), (scene, edit.scene), (kind,), kind)
 
-    Returns:
-        None if the task is editing and no edit leads to a scene of the same split.
-    """
-    if task == "editing":
-        edit = draw_edit(scene, random)
-        return None if edit is None else Example(edit_conversation(edit.instruction), (scene, edit.scene))
+
+def converse(scene: Scene, task: WorldTask, random: np.random.Generator) -> Example:
+    """A conversation about a scene, of any task but editing."""
+    kinds: tuple[str, ...]
     if task in ("understanding", "text"):
         asked = questions(scene, random)
         if task == "text":  # the caption is there already
             asked = [question for question in asked if question.kind != "caption"]
-        pairs = [(question.text, question.answer) for question in asked[:QUESTIONS_PER_SCENE]]
+        asked = asked[:QUESTIONS_PER_SCENE]
+        kinds = tuple(question.kind for question in asked)
+        pairs = [(question.text, question.answer) for question in asked]
         said = question_conversation(task, caption(scene), pairs)
     else:
+        kinds = ("caption",) if task == "captioning" else ("picture",)
         said = picture_conversation(task, caption(scene))
-    return Example(said, (scene,) * len(said.is_target))
+    return Example(said, (scene,) * len(said.is_target), kinds)
 
 
 def draw_example(task: WorldTask, options: SceneOptions, index: int) -> Example:
@@ -109,11 +123,16 @@ def draw_example(task: WorldTask, options: SceneOptions, index: int) -> Example:
     limits = (options.min_objects, options.max_objects)
     if random.random() < options.one_object_share:
         limits = (1, 1)
+    # Kinds are equally likely in every split, though in a small one few scenes have an edit of a given kind.
+    kinds: tuple[EditKind, ...] = get_args(EditKind) if limits[0] < len(PLACES) else ("recolour", "remove")
+    kind = kinds[random.integers(len(kinds))]
     while True:
         scene = draw_scene(
             options.seed, index, split=options.split, min_objects=limits[0], max_objects=limits[1]
         )
-        example = converse(scene, task, random)
+        if task != "editing":
+            return converse(scene, task, random)
+        example = edit_example(scene, kind, random)
         if example is not None:
             return example
         index += _ATTEMPT
@@ -127,7 +146,8 @@ def prepare_shapes_conversations(
     count: int,
     seed: int = 0,
     split: str = "train",
-    sizes: Sequence[tuple[int, int]] = ((224, 224),),
+    sizes: Sequence[Size] | None = None,
+    ratios: int | None = None,
     min_objects: int = 1,
     max_objects: int = 4,
     one_object_share: float = 0.0,
@@ -135,7 +155,7 @@ def prepare_shapes_conversations(
     num_workers: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Manifest]:
-    """Write a store of conversations about shapes.
+    """Write a store of conversations about shapes; `meta` of each record is that of its `Example`.
 
     Args:
         output: The folder to make.
@@ -144,8 +164,12 @@ def prepare_shapes_conversations(
             about a picture), "editing", or "text" (questions about a caption, without a picture).
         count: Number of conversations.
         seed: Another seed gives other scenes.
-        split: "train", "val" or "test"; no scene is ever in two of them, nor is an edited one.
-        sizes: Heights and widths in pixels; each conversation's images get one of them at random.
+        split: "train", "val", "test" or "compositional"; no scene is ever in two of them, nor is an edited one. The
+            last has pairs of colour and shape that the others never show or name.
+        sizes: Heights and widths in pixels; each conversation's images get one of them at random. By default
+            224 x 224.
+        ratios: In place of sizes, a side in pixels: the images of half of the conversations are squares of it, the
+            others have the paper's other 10 aspect ratios at about its area.
         min_objects: Fewest objects in a scene before it is edited, from 1.
         max_objects: Most objects in a scene before it is edited, up to 4.
         one_object_share: Share of the scenes, 0 to 1, that have one object whatever the limits are.
@@ -161,20 +185,20 @@ def prepare_shapes_conversations(
         ValueError: If an option is out of range, or `output` holds something else.
     """
     check_task(task)
-    sizes = tuple((int(height), int(width)) for height, width in sizes)
-    check_options(count, seed, split, sizes, min_objects, max_objects)
+    drawn = picture_sizes(sizes, ratios)
+    check_options(count, seed, split, drawn, min_objects, max_objects)
     scenes = SceneOptions(seed, split, min_objects, max_objects, one_object_share)
     text_tokenizer = TextTokenizer(tokenizer)
     identity = {
         "kind": "conversations", "text_tokenizer": text_tokenizer.fingerprint, "world": "shapes", "task": task,
-        "count": count, "seed": seed, "split": split, "sizes": sizes, "min_objects": min_objects,
-        "max_objects": max_objects, "one_object_share": one_object_share,
+        "count": count, "seed": seed, "split": split, "unseen_pairs": UNSEEN_PAIRS, "sizes": drawn,
+        "min_objects": min_objects, "max_objects": max_objects, "one_object_share": one_object_share,
     }  # fmt: skip
     return write_stores(
         output,
         identity,
         lambda: [
-            ConversationsPart(indices, task, scenes, sizes, text_tokenizer) for indices in part_indices(count)
+            ConversationsPart(indices, task, scenes, drawn, text_tokenizer) for indices in part_indices(count)
         ],
         chunk_megabytes=chunk_megabytes,
         num_workers=num_workers,
@@ -189,7 +213,7 @@ class ConversationsPart:
     indices: range
     task: WorldTask
     options: SceneOptions
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[Size, ...]
     tokenizer: TextTokenizer
 
     @property
@@ -200,12 +224,15 @@ class ConversationsPart:
     def read(self) -> Iterator[Sample | Lost]:
         """Draw the conversations and their images."""
         for index in self.indices:
-            conversation, scenes = draw_example(self.task, self.options, index)
+            example = draw_example(self.task, self.options, index)
             # A stream of its own: the scenes do not change with the list of sizes.
             random = _random(self.options.seed, index, len(get_args(WorldTask)))
             size = self.sizes[random.integers(len(self.sizes))]
-            images = [encode_png(render(scene, *size), compress_level=1) for scene in scenes]
-            yield make_sample(str(index), conversation, images, [size] * len(images), self.tokenizer)
+            images = [encode_png(render(scene, *size), compress_level=1) for scene in example.scenes]
+            sizes = [size] * len(images)
+            yield make_sample(
+                str(index), example.conversation, images, sizes, self.tokenizer, meta=example.meta
+            )
 
 
 def prepare_shapes_tokenizer(output: str | Path, vocab_size: int = 512) -> None:

@@ -18,11 +18,13 @@ from illume_lightning.data.worlds.shapes import (
     split_of,
 )  # fmt: skip
 
+EditKind = Literal["recolour", "remove", "add", "move"]
+
 
 class Edit(NamedTuple):
     """A change of a scene."""
 
-    kind: Literal["recolour", "remove", "add", "move"]
+    kind: EditKind
     """What is changed."""
 
     instruction: str
@@ -51,18 +53,14 @@ def edits(scene: Scene) -> Iterator[Edit]:
         yield Edit("add", f"add {phrase(added)}", replace(scene, objects=(*scene.objects, added)))
 
 
-def draw_edit(scene: Scene, random: np.random.Generator) -> Edit | None:
-    """One edit that leads to a scene of the same split; its kinds are equally likely.
+def draw_edit(scene: Scene, kind: EditKind, random: np.random.Generator) -> Edit | None:
+    """One edit of a kind that leads to a scene of the same split.
+
+    So neither the instruction nor the result has a pair of colour and shape that the split must not have.
 
     Returns:
-        None if no edit stays in the split: in the small ones that happens, most often with four objects.
+        None if no such edit stays in the split, which in the small ones happens often.
     """
     split = split_of(scene)
-    by_kind: dict[str, list[Edit]] = {}
-    for edit in edits(scene):
-        if split_of(edit.scene) == split:
-            by_kind.setdefault(edit.kind, []).append(edit)
-    if not by_kind:
-        return None
-    among = by_kind[list(by_kind)[random.integers(len(by_kind))]]
-    return among[random.integers(len(among))]
+    among = [edit for edit in edits(scene) if edit.kind == kind and split_of(edit.scene) == split]
+    return among[random.integers(len(among))] if among else None

@@ -1,11 +1,10 @@
 """Questions about scenes of the shapes world, with short answers that are right or wrong as they stand."""
 
-from itertools import product
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from illume_lightning.data.worlds.shapes import COLOURS, PLACES, SHAPES, Scene, caption
+from illume_lightning.data.worlds.shapes import PLACES, Scene, caption, pairs_of, split_of
 
 Kind = Literal["caption", "count", "background", "existence", "content", "colour", "shape"]
 
@@ -51,10 +50,10 @@ def _existence(scene: Scene, random: np.random.Generator) -> Question:
     """Whether there is a thing of some colour and shape: yes half the time.
 
     What is not there shares its colour or its shape with something that is, so that one look at the colours is
-    not enough.
+    not enough, and is something that scenes of this split can have.
     """
-    there = sorted({(thing.colour, thing.shape) for thing in scene.objects})
-    absent = [pair for pair in product(COLOURS, SHAPES) if pair not in there]
+    there = sorted(scene.pairs)
+    absent = [pair for pair in pairs_of(split_of(scene)) if pair not in there]
     near = [pair for pair in absent if any(pair[0] == colour or pair[1] == shape for colour, shape in there)]
     is_there = bool(there) and random.random() < 0.5
     among = there if is_there else near or absent

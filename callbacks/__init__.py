@@ -1,7 +1,8 @@
-"""Lightning callbacks: phases, exact resume, hand-over between stages, pictures, speed and results."""
+"""Lightning callbacks: phases, exact resume, hand-over between stages, pictures, scores, speed and results."""
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.exact_resume import ExactResume
+from callbacks.generation_scores import GenerationScores
 from callbacks.phase_progress_bar import PhaseProgressBar
 from callbacks.prediction_answers import PredictionAnswers
 from callbacks.prediction_pictures import PredictionPictures
@@ -15,6 +16,7 @@ from callbacks.warm_start import WarmStart
 __all__ = [
     "Checkpoint",
     "ExactResume",
+    "GenerationScores",
     "PhaseProgressBar",
     "PredictionAnswers",
     "PredictionPictures",

@@ -11,7 +11,8 @@ from tiny_mllm import build_mllm
 from torch import nn
 
 from illume_lightning.data.text_tokenizer import TextTokenizer
-from illume_lightning.lit.mllm import LoRA, MLLMStage3
+from illume_lightning.lit.lora import LoRA
+from illume_lightning.lit.mllm import MLLMStage3
 from illume_lightning.lit.tokenizer import fingerprint
 from illume_lightning.nn.dualvitok import DualViTok
 from illume_lightning.nn.mllm import MLLM

@@ -1,13 +1,12 @@
 """Examples to click on, out of conversations that were prepared for training or for evaluating it."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from illume_lightning.data.chat import EDIT, GENERATE
-from illume_lightning.data.conversation import IMAGE, RESOLUTION_TAG
+from illume_lightning.data.chat import EDIT, GENERATE, filled
+from illume_lightning.data.conversation import IMAGE
 from illume_lightning.data.conversation_store import ConversationRecord, ConversationStore
 from illume_lightning.data.image import decode
 from illume_lightning.data.store import MANIFEST
@@ -76,9 +75,9 @@ def _add(record: ConversationRecord, examples: Examples) -> bool:
     conversation = record.conversation
     first = next(turn.text for turn in conversation.turns if turn.role == "user")
     images = [Image.fromarray(decode(data)) for data in record.images]
-    if conversation.task == "generation" and (words := _filled(GENERATE, first)):
+    if conversation.task == "generation" and (words := filled(GENERATE, first)):
         examples.prompts.append(words)
-    elif conversation.task == "editing" and (words := _filled(EDIT, first)):
+    elif conversation.task == "editing" and (words := filled(EDIT, first)):
         examples.edits.append((images[0], words))
     elif conversation.task in ("text", "understanding") and first.count(IMAGE) == len(images) <= 1:
         question = first.replace(IMAGE, "").strip()
@@ -86,12 +85,3 @@ def _add(record: ConversationRecord, examples: Examples) -> bool:
     else:
         return False
     return True
-
-
-def _filled(template: str, text: str) -> str | None:
-    """What stands in a template's only blank; none if the text was not made from it."""
-    before, after = re.split(r"\{caption\}|\{instruction\}", template)
-    if not (text.startswith(before) and text.endswith(after)):
-        return None
-    words = text[len(before) : len(text) - len(after)]
-    return None if IMAGE in words or RESOLUTION_TAG in words else words

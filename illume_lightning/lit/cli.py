@@ -1,6 +1,7 @@
 """LightningCLI with this package's settings."""
 
 import logging
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from illume_lightning.host_memory import keep_freed_memory
 
@@ -30,22 +32,27 @@ class IllumeCLI(LightningCLI):
             ArgumentError: a key or value of the configuration is wrong.
             ValueError: parts contradict one another.
             FileNotFoundError: data or a checkpoint is missing.
+            SystemExit: 143 if SIGTERM stopped it.
         """
         _quieten()
         # Under subcommands absolute ${} would be looked up at the parser's root, where it is not.
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         cls.curriculum = curriculum
-        return cls(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            # omegaconf+ resolves ${} after files and flags have merged, plain omegaconf before.
-            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
-            save_config_kwargs={"overwrite": True},
-            args=args,
-        )
+        try:
+            return cls(
+                L.LightningModule,
+                L.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                # omegaconf+ resolves ${} after files and flags have merged, plain omegaconf before.
+                parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+                save_config_kwargs={"overwrite": True},
+                args=args,
+            )
+        except SIGTERMException as error:
+            # Lightning's own status is 0, as if the run were finished.
+            raise SystemExit(128 + signal.SIGTERM) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The curriculum's section, and one seed for weights, data order and noise."""

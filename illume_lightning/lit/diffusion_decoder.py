@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from illume_lightning.data.latents import LatentBatch
 from illume_lightning.lit.datamodule import ImageBatch
 from illume_lightning.lit.dualvitok import to_float, to_uint8
-from illume_lightning.lit.reconstruction_metrics import Distance, PictureMetrics
+from illume_lightning.lit.reconstruction_metrics import Distance, PictureMetrics, tower_distance
 from illume_lightning.lit.saved_run import SavedRun
 from illume_lightning.lit.tokenizer import check_cached_codes, check_maker, fingerprint, load_tokenizer
 from illume_lightning.lit.training import TrainingModule
@@ -214,15 +215,8 @@ class DiffusionDecoderModule(TrainingModule):
         if "perceptual" in self.fixed:
             distances["lpips"] = self.fixed["perceptual"]
         if self.tokenizer.semantic_encoder is not None:
-            distances["tower_distance"] = self._tower_distance
+            distances["tower_distance"] = partial(tower_distance, self.tokenizer.semantic_encoder)
         return distances
-
-    def _tower_distance(self, pictures: Tensor, others: Tensor) -> Tensor:
-        """Mean cosine distance (B,) of the text-aligned tower's features, a learned distance without LPIPS' weights."""
-        encoder = self.tokenizer.semantic_encoder
-        assert encoder is not None
-        (_, a), (_, b) = encoder(pictures), encoder(others)
-        return 1 - F.cosine_similarity(a.float(), b.float(), dim=1).mean((1, 2))
 
     def validation_step(
         self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0

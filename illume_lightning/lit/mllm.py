@@ -3,7 +3,6 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from illume_lightning.data.packed_batch import PackedBatch
 from illume_lightning.lit.dualvitok import to_float
+from illume_lightning.lit.lora import LoRA
 from illume_lightning.lit.planned_data import replica
 from illume_lightning.lit.token_metrics import TokenMetrics
 from illume_lightning.lit.tokenizer import check_cached_codes, check_maker, fingerprint, load_tokenizer
@@ -318,20 +318,6 @@ class MLLMStage(TrainingModule):
         worker = Worker(illume, Settings(seed=data.seed), batch.images)
         return worker.work(worker.unfinished(batch.lines, batch.folder.finished()))
 
-    # -- parts by name ---------------------------------------------------------------------------------------
-
-    def _adapters(self) -> list[nn.Parameter]:
-        model = self.model
-        modules = [model.semantic_adapter, model.pixel_adapter, model.slot_embedding]
-        return [parameter for module in modules if module is not None for parameter in module.parameters()]
-
-    def _vision_tables(self) -> list[nn.Parameter]:
-        return _distinct(table.tables[1] for table in (self.model.embedding, self.model.head))
-
-    def _llm(self) -> list[nn.Parameter]:
-        tables = [rows for table in (self.model.embedding, self.model.head) for rows in table.tables]
-        return [*self.model.trunk.parameters(), *_distinct(iter(tables))]
-
 
 class MLLMStage1(MLLMStage):
     """Visual embedding initialisation: adapters, vision embedding and the head's vision part (paper 3.4)."""
@@ -340,7 +326,10 @@ class MLLMStage1(MLLMStage):
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Adapters, and the vision rows of embedding and head."""
-        return {"adapters": self._adapters(), "vision_tables": self._vision_tables()}
+        return {
+            "adapters": self.model.adapter_parameters(),
+            "vision_tables": self.model.vision_table_parameters(),
+        }
 
 
 class MLLMStage2(MLLMStage):
@@ -350,21 +339,7 @@ class MLLMStage2(MLLMStage):
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Adapters; trunk, embedding and head."""
-        return {"adapters": self._adapters(), "llm": self._llm()}
-
-
-@dataclass
-class LoRA:
-    """Low-rank adaptation: small matrices beside the trunk's linear layers train instead of the LLM."""
-
-    rank: int = 64
-    """Inner width of the added matrices."""
-
-    alpha: int = 128
-    """Their output is multiplied by alpha / rank."""
-
-    dropout: float = 0.0
-    """Of their input in training."""
+        return {"adapters": self.model.adapter_parameters(), "llm": self.model.llm_parameters()}
 
 
 class MLLMStage3(MLLMStage):
@@ -396,29 +371,15 @@ class MLLMStage3(MLLMStage):
         Raises:
             ImportError: if peft is missing.
         """
-        if self.lora is None or self._lora_parameters():
-            return
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError as error:
-            raise ImportError("lora needs peft: pip install 'illume-lightning[lora]'") from error
-        config = LoraConfig(
-            r=self.lora.rank,
-            lora_alpha=self.lora.alpha,
-            lora_dropout=self.lora.dropout,
-            target_modules="all-linear",
-        )
-        inject_adapter_in_model(config, self.model.trunk)
-        self._freeze()
-
-    def _lora_parameters(self) -> list[nn.Parameter]:
-        return [parameter for name, parameter in self.model.trunk.named_parameters() if ".lora_" in name]
+        if self.lora is not None and not LoRA.parameters(self.model.trunk):
+            self.lora.put_into(self.model.trunk)
+            self._freeze()
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Adapters; trunk, embedding and head, or LoRA; the end of the ViT and of the pixel encoder."""
         return {
-            "adapters": self._adapters(),
-            "llm": self._llm() if self.lora is None else self._lora_parameters(),
+            "adapters": self.model.adapter_parameters(),
+            "llm": self.model.llm_parameters() if self.lora is None else LoRA.parameters(self.model.trunk),
             "vision_tower": [*self._vit(), *self._pixel_encoder()],
         }
 
@@ -432,8 +393,3 @@ class MLLMStage3(MLLMStage):
         for name, parameter in self.model.pixel_encoder.named_parameters():
             if not name.startswith("down."):
                 yield parameter
-
-
-def _distinct(parameters: Iterator[Any]) -> list[nn.Parameter]:
-    """Each once: tied tables share theirs."""
-    return list({id(parameter): parameter for parameter in parameters}.values())

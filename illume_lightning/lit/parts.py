@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from illume_lightning.lit.diffusion_decoder import DiffusionDecoderModule, load_diffusion_decoder
-from illume_lightning.lit.mllm import LoRA, MLLMStage3
+from illume_lightning.lit.lora import LoRA
+from illume_lightning.lit.mllm import MLLMStage3
 from illume_lightning.lit.saved_run import SavedRun
 from illume_lightning.lit.tokenizer import fingerprint, load_tokenizer
 from illume_lightning.nn.dualvitok import DualViTok

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
@@ -11,9 +12,25 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from illume_lightning.lit.codebook_usage import CodebookUsage
 from illume_lightning.nn.dualvitok import DualViTokOutput
+from illume_lightning.nn.semantic import SemanticEncoder
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Distances (B,) between pictures (B, 3, H, W) in [-1, 1]: LPIPS, or any other."""
+
+
+def tower_distance(encoder: SemanticEncoder, pictures: Tensor, others: Tensor) -> Tensor:
+    """Mean cosine distance of the text-aligned tower's features, 0 to 2: a learned distance without LPIPS' weights.
+
+    Args:
+        encoder: a tokenizer's.
+        pictures: (B, 3, H, W) in [-1, 1].
+        others: what they are compared with, one by one.
+
+    Returns:
+        (B,).
+    """
+    (_, a), (_, b) = encoder(pictures), encoder(others)
+    return 1 - F.cosine_similarity(a.float(), b.float(), dim=1).mean((1, 2))
 
 
 class PictureMetrics(nn.Module):

@@ -80,9 +80,12 @@ def document_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    flat = (x.transpose(1, 2).flatten(0, 1).split(document_lengths) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended = [_causal(*(x.transpose(0, 1) for x in parts), scale) for parts in zip(*flat, strict=True)]
+    documents = [x.transpose(1, 2).flatten(0, 1).split(document_lengths) for x in (query, key, value)]
+    attended = [
+        _causal(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scale)
+        for q, k, v in zip(*documents, strict=True)
+    ]
     joined = torch.cat([part.transpose(0, 1) for part in attended])
     return joined.view(query.shape[0], query.shape[2], *joined.shape[1:]), None
 

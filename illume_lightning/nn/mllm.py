@@ -5,7 +5,7 @@ C channels of the vision tower's merger, Z channels of the pixel encoder, M pred
 through the rows: row * T + place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -142,6 +142,20 @@ class MLLM(nn.Module):
         self.semantic_encoder = semantic_encoder
         self.pixel_encoder = pixel_encoder
         self.slot_embedding = SlotEmbedding(slot_grid, width) if slot_grid else None
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Of both adapters, and of the slot embedding where there is one."""
+        modules = [self.semantic_adapter, self.pixel_adapter, self.slot_embedding]
+        return [parameter for module in modules if module is not None for parameter in module.parameters()]
+
+    def vision_table_parameters(self) -> list[nn.Parameter]:
+        """The vision rows of embedding and head."""
+        return _distinct(table.tables[1] for table in (self.embedding, self.head))
+
+    def llm_parameters(self) -> list[nn.Parameter]:
+        """The trunk, and all rows of embedding and head."""
+        tables = [rows for table in (self.embedding, self.head) for rows in table.tables]
+        return [*self.trunk.parameters(), *_distinct(tables)]
 
     def checkpoint_activations(self) -> None:
         """Keep only the inputs of the trunk's blocks in training, and compute the rest again in the backward pass."""
@@ -307,6 +321,11 @@ class MLLM(nn.Module):
         hidden = self.hidden(inputs_embeds, position_ids, document_ids).flatten(0, 1)
         chosen = hidden.index_select(0, target_positions)
         return linear_cross_entropy(chosen, self.head.tables, targets, weights, z_loss=z_loss)
+
+
+def _distinct(parameters: Iterable[Any]) -> list[nn.Parameter]:
+    """Each once: tied tables share theirs."""
+    return list({id(parameter): parameter for parameter in parameters}.values())
 
 
 def _trains(module: nn.Module) -> bool:

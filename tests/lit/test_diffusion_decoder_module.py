@@ -17,7 +17,7 @@ from callbacks import ExactResume, PredictionPictures, ReconstructionGrid, Resol
 from illume_lightning.data.latents import LatentBatch
 from illume_lightning.data.plan import Phase
 from illume_lightning.data.store import ImageStore
-from illume_lightning.data.worlds.shapes import prepare_shapes
+from illume_lightning.data.worlds.prepare_shapes import prepare_shapes
 from illume_lightning.lit.datamodule import ImageDataModule, Source
 from illume_lightning.lit.diffusion_decoder import DiffusionDecoderModule, Sampling, encode_at_half_size
 from illume_lightning.lit.dualvitok import to_float

@@ -17,7 +17,7 @@ import cli
 from illume_lightning import Illume
 from illume_lightning.data.text_tokenizer import TextTokenizer, train_tokenizer
 from illume_lightning.lit.export import export_run
-from illume_lightning.lit.mllm import LoRA
+from illume_lightning.lit.lora import LoRA
 from illume_lightning.lit.prompts import Chat
 from illume_lightning.lit.tokenizer import fingerprint, load_tokenizer
 from illume_lightning.nn.diffusion_decoder import DiffusionDecoder, build_unet, load_decoder

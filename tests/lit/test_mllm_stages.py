@@ -19,7 +19,8 @@ from illume_lightning.data.worlds.shapes_conversations import (
     prepare_shapes_tokenizer,
 )
 from illume_lightning.lit.conversation_data import ConversationDataModule, Conversations
-from illume_lightning.lit.mllm import LoRA, MLLMStage, MLLMStage1, MLLMStage2, MLLMStage3
+from illume_lightning.lit.lora import LoRA
+from illume_lightning.lit.mllm import MLLMStage, MLLMStage1, MLLMStage2, MLLMStage3
 from illume_lightning.lit.prepare_tokens import prepare_tokens
 from illume_lightning.lit.token_metrics import TokenMetrics
 from illume_lightning.vocabulary import Vocabulary

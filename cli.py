@@ -1,7 +1,7 @@
 """The ``illume`` command.
 
-``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's; ``prepare``, ``generate``, ``export``,
-``app``, ``parity`` and ``doctor`` are ours. Heavy libraries are imported only by the subcommand that needs them.
+``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's; the others are ours. Heavy libraries are imported
+only by the subcommand that needs them.
 """
 
 import json
@@ -9,13 +9,31 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from illume_lightning import commands
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
 RUN_COMMANDS = ("fit", "validate", "test", "predict")
+IMPORTERS = {
+    "images": "illume_lightning.data.prepare:prepare_images",
+    "conversations": "illume_lightning.data.prepare_conversations:prepare_conversations",
+    "shapes": "illume_lightning.data.worlds.prepare_shapes:prepare_shapes",
+    "photographs": "illume_lightning.data.worlds.photographs:prepare_photographs",
+    "emoji": "illume_lightning.data.worlds.emoji:prepare_emoji",
+    "shapes-conversations": "illume_lightning.data.worlds.shapes_conversations:prepare_shapes_conversations",
+    "shapes-tasks": "illume_lightning.data.worlds.shapes_tasks:prepare_shapes_tasks",
+    "shapes-tokenizer": "illume_lightning.data.worlds.shapes_conversations:prepare_shapes_tokenizer",
+    "emoji-conversations": "illume_lightning.data.worlds.emoji_conversations:prepare_emoji_conversations",
+    "emoji-tokenizer": "illume_lightning.data.worlds.emoji_conversations:prepare_emoji_tokenizer",
+    "latents": "illume_lightning.lit.prepare_latents:prepare_latents",
+    "tokens": "illume_lightning.lit.prepare_tokens:prepare_tokens",
+}
+"""What `illume prepare` calls."""
+OWN_COMMANDS = ("prepare", "generate", "export", "app", "evaluate", "report", "schedule", "parity", "doctor")
 
 USAGE = """\
 usage: illume COMMAND [OPTIONS]
@@ -38,6 +56,7 @@ Training (LightningCLI; one YAML is one run)
   validate -c FILE.yaml          held-out metrics and picture grids of the run's last checkpoint
   test -c FILE.yaml              the same on the test data
   predict -c FILE.yaml           reconstruct a store of pictures; an MLLM answers a file of lines instead
+  schedule FILE.yaml [--dry-run] every step from data to scores in one command; started again, it continues
 
 Use
   generate RUN OUT PROMPT...     pictures of prompts, by a trained MLLM
@@ -46,6 +65,9 @@ Use
   export RUN OUT [--dtype bfloat16]
                                  a run's model in the published layout: MLLM, DualViTok or diffusion decoder
   app RUN [--examples STORE]     a web page to chat, generate, edit and reconstruct with a trained MLLM
+  evaluate RUN [--tokenizer DIR] [--limit N]
+                                 scores of an MLLM, a DualViTok or a diffusion decoder on held-out data
+  report FOLDER [--out FOLDER]   a schedule's scores, samples, curves and records on one page
 
 Checks
   parity DIR [--device DEVICE]   compare with recorded tensors of the official model
@@ -112,28 +134,15 @@ def _dispatch(command: str, rest: list[str]) -> None:
             run([command, *("--help" if argument == "--help-all" else argument for argument in rest)])
     elif command == "prepare":
         _prepare(rest)
-    elif command == "generate":
+    elif command == "schedule":
+        commands.schedule(rest or ["--help"])
+    elif command in OWN_COMMANDS:
         from jsonargparse import auto_cli
 
-        auto_cli(generate, args=_with_prompts(rest), prog="illume generate", as_positional=True)
-    elif command == "export":
-        from jsonargparse import auto_cli
-
-        auto_cli(export, args=rest, prog="illume export", as_positional=True)
-    elif command == "app":
-        from jsonargparse import auto_cli
-
-        auto_cli(app, args=rest or ["--help"], prog="illume app", as_positional=True)
-    elif command == "parity":
-        from jsonargparse import auto_cli
-
-        auto_cli(parity, args=rest, prog="illume parity", as_positional=True)
-    elif command == "doctor":
-        from jsonargparse import auto_cli
-
-        auto_cli(doctor, args=rest, prog="illume doctor")
+        given = _as_options(command, rest) if rest or command == "doctor" else ["--help"]
+        auto_cli(getattr(commands, command), args=given, prog=f"illume {command}", as_positional=True)
     else:
-        known = ", ".join((*RUN_COMMANDS, "prepare", "generate", "export", "app", "parity", "doctor"))
+        known = ", ".join((*RUN_COMMANDS, *OWN_COMMANDS))
         raise ValueError(f"unknown command {command!r}: use one of {known}.")
 
 
@@ -145,217 +154,32 @@ def run(args: list[str]) -> "LightningCLI":
     return IllumeCLI.run(args, ResolutionCurriculum)
 
 
-def generate(
-    run: str,
-    out: str,
-    prompts: list[str] | None = None,
-    jobs: str | None = None,
-    tokenizer: str | None = None,
-    diffusion_decoder: str | None = None,
-    decoder: Literal["dualvitok", "diffusion"] = "dualvitok",
-    size: str | None = None,
-    seed: int = 0,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    guidance: float | None = None,
-    text_temperature: float | None = None,
-    text_top_k: int | None = None,
-    text_top_p: float | None = None,
-    max_tokens: int = 512,
-    device: str = "auto",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    slots: int = 16,
-    context: int = 4096,
-    processes: int = 1,
-    shard: str = "1/1",
-) -> None:
-    """Make pictures and answer questions with a trained MLLM: `illume generate RUN OUT [PROMPT...] [OPTIONS]`.
-
-    Lines of a job are JSON, with an "id" and a "seed" if wanted: {"prompt": ..., "size": [height, width]},
-    {"image": file, "instruction": ...}, {"image": file or files, "question": ...} or {"messages": [...]}. The command
-    can be killed and given again: it continues. Lines that can't be worked on are told, and exit status is 1.
-
-    Args:
-        run: folder of an MLLM run, or one of its checkpoints.
-        out: folder for pictures, answers.jsonl and index.html.
-        prompts: a picture of each; written after OUT, before all options.
-        jobs: file of JSON lines instead, - for standard input; its images' names are relative to its folder.
-        tokenizer: DualViTok run, checkpoint or published file; by default the one that the run names.
-        diffusion_decoder: run, checkpoint or published folder.
-        decoder: what makes the pictures; diffusion makes them twice as large.
-        size: of pictures whose line has none, HEIGHTxWIDTH in pixels; by default the model's square.
-        seed: gives lines without a seed theirs, by their id.
-        temperature: of codes; by default the model's, as for all of sampling. 0 takes the most likely.
-        top_k: of semantic codes; three times as many of pixel codes.
-        top_p: of codes.
-        guidance: scale of classifier-free guidance; 1 is none.
-        text_temperature: of words.
-        text_top_k: of words.
-        text_top_p: of words.
-        max_tokens: most tokens of an answer in words.
-        device: torch device; auto takes the accelerators there are, one for each process.
-        dtype: of the language model.
-        slots: sequences that run side by side in a process; a guided picture takes two.
-        context: most tokens of a conversation with its answer.
-        processes: each with a model of its own.
-        shard: i/n does the i-th of n shares of the lines; give all n commands the same OUT.
-    """
-    from illume_lightning.lit.generation_job import Model, run_job
-    from illume_lightning.lit.job_lines import prompt_lines, read_jobs
-    from illume_lightning.lit.worker import Drawing, Settings
-
-    if bool(prompts) == bool(jobs):
-        raise ValueError("give prompts after OUT, or --jobs: one of the two")
-    sides = None if size is None else _numbers(size, "x", "size", "HEIGHTxWIDTH, such as 256x384")
-    share = _numbers(shard, "/", "shard", "i/n, such as 1/4")
-    drawing = Drawing(temperature, top_k, top_p, guidance, text_temperature, text_top_k, text_top_p)
-    model = Model(run, tokenizer, diffusion_decoder, device, dtype, slots, context, drawing)
-    settings = Settings(seed, sides, decoder, max_tokens)
-    lines, images = read_jobs(jobs) if jobs else (prompt_lines(prompts or []), Path.cwd())
-    if run_job(lines, images, out, model, settings, processes, share):
-        raise SystemExit(1)
-
-
-def _numbers(text: str, sign: str, name: str, wanted: str) -> tuple[int, int]:
-    found = re.fullmatch(rf"(\d+){sign}(\d+)", text)
-    if found is None:
-        raise ValueError(f"{name} is {text!r}: give {wanted}")
-    return int(found[1]), int(found[2])
-
-
-def export(
-    run: str,
-    out: str,
-    format: Literal["published"] = "published",
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-) -> None:
-    """Write a run's model in the layout of the official release; docs/formats.md says what that holds.
-
-    Args:
-        run: folder of an MLLM, DualViTok or diffusion decoder run, or one of its checkpoints.
-        out: folder to make.
-        format: of the folder; published is the one there is.
-        dtype: of the weights; by default as trained.
-    """
-    from illume_lightning.lit.export import export_run
-
-    export_run(run, out, dtype)
-    sys.stdout.write(f"{out}: {format} layout\n")
-
-
-def app(
-    run: str,
-    tokenizer: str | None = None,
-    diffusion_decoder: str | None = None,
-    examples: str | None = None,
-    device: str = "auto",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    slots: int = 16,
-    context: int = 4096,
-    max_upload_mb: int = 16,
-    queue: int = 16,
-) -> None:
-    """Show a web page to chat, generate, edit and reconstruct with a trained MLLM, until it is stopped.
-
-    Args:
-        run: folder of an MLLM run, or one of its checkpoints.
-        tokenizer: DualViTok run, checkpoint or published file; by default the one that the run names. Without one
-            there are only words.
-        diffusion_decoder: run, checkpoint or published folder; then each picture can be had at twice the size.
-        examples: to click on: a store of conversations, or a folder whose subfolders have one named val each, such
-            as data/shapes.
-        device: torch device; auto takes the first accelerator there is.
-        dtype: of the language model.
-        host: address to listen on. The default is for this machine alone; 0.0.0.0 lets everyone in that reaches it,
-            without a password.
-        port: to listen on.
-        slots: sequences that run side by side; a guided picture takes two.
-        context: most tokens of a conversation with its answer.
-        max_upload_mb: largest file of a picture, in MiB.
-        queue: most users that wait for the model; more are refused.
-    """
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError("the web page needs Gradio: pip install 'illume-lightning[app]'") from error
-    import torch
-
-    from illume_lightning.app.examples import Examples, read_examples
-    from illume_lightning.app.page import Server, build_page
-    from illume_lightning.app.studio import Studio
-    from illume_lightning.lit.illume import Illume
-
-    shown = read_examples(examples) if examples else Examples()
-    parts = (run, tokenizer, diffusion_decoder, device, getattr(torch, dtype))
-    illume = Illume.load(*parts, slots=slots, context=context)
-    Server(host, port, max_upload_mb, queue).show(build_page(Studio(illume), shown))
-
-
-def parity(directory: str, device: str = "cpu") -> None:
-    """Compare this installation with recorded tensors of the official model; exit status 1 on a miss.
-
-    Args:
-        directory: folder with the fixtures.
-        device: torch device to compute on, in fp32: cpu, cuda:0, npu:0.
-    """
-    from illume_lightning.nn.parity import run, table
-
-    checks = run(directory, device)
-    sys.stdout.write(table(checks) + "\n")
-    if not all(check.passed for check in checks):
-        raise SystemExit(1)
-
-
-def doctor() -> None:
-    """Print versions, devices, caches, and what is missing with the way to get it."""
-    from illume_lightning.doctor import report
-
-    sys.stdout.write(report())
-
-
 def _prepare(rest: list[str]) -> None:
     from jsonargparse import auto_cli
 
-    from illume_lightning.data.prepare import prepare_images
-    from illume_lightning.data.prepare_conversations import prepare_conversations
-    from illume_lightning.data.worlds.emoji import prepare_emoji
-    from illume_lightning.data.worlds.emoji_conversations import (
-        prepare_emoji_conversations,
-        prepare_emoji_tokenizer,
-    )
-    from illume_lightning.data.worlds.photographs import prepare_photographs
-    from illume_lightning.data.worlds.shapes import prepare_shapes
-    from illume_lightning.data.worlds.shapes_conversations import (
-        prepare_shapes_conversations,
-        prepare_shapes_tokenizer,
-    )
-    from illume_lightning.lit.prepare_latents import prepare_latents
-    from illume_lightning.lit.prepare_tokens import prepare_tokens
-
-    importers: dict[str, Any] = {
-        "images": prepare_images,
-        "conversations": prepare_conversations,
-        "shapes": prepare_shapes,
-        "photographs": prepare_photographs,
-        "emoji": prepare_emoji,
-        "shapes-conversations": prepare_shapes_conversations,
-        "shapes-tokenizer": prepare_shapes_tokenizer,
-        "emoji-conversations": prepare_emoji_conversations,
-        "emoji-tokenizer": prepare_emoji_tokenizer,
-        "latents": prepare_latents,
-        "tokens": prepare_tokens,
-    }
+    # Only what is asked for: together they bring all libraries, which takes seconds.
+    wanted = [rest[0]] if rest and rest[0] in IMPORTERS else list(IMPORTERS)
+    importers = {}
+    for name in wanted:
+        module, function = IMPORTERS[name].split(":")
+        importers[name] = getattr(import_module(module), function)
     auto_cli(importers, args=_with_list(rest) or ["--help"], prog="illume prepare", as_positional=True)
+
+
+def _as_options(command: str, rest: list[str]) -> list[str]:
+    """What people write, as jsonargparse wants it."""
+    if command == "generate":
+        return _with_prompts(rest)
+    if command == "evaluate":  # it wants a value of everything
+        return ["--again=true" if argument == "--again" else argument for argument in rest]
+    return rest
 
 
 def _with_prompts(rest: list[str]) -> list[str]:
     """`RUN OUT PROMPT...` with the prompts as an option, as jsonargparse wants a list."""
     count = next((number for number, text in enumerate(rest) if text.startswith("-")), len(rest))
     if count < 3:
-        return rest or ["--help"]
+        return rest
     return [*rest[:2], "--prompts", json.dumps(rest[2:count]), *rest[count:]]
 
 

@@ -1,7 +1,8 @@
 """ILLUME+ as a reproducible experiment package: DualViTok, diffusion decoder and unified multimodal LLM.
 
 Floors, from below: sizes and layouts (standard library only) -> ``nn`` (pure torch) and ``data`` (LitData)
--> ``lit`` (Lightning) -> ``callbacks`` -> ``cli``. Imports go only downwards.
+-> ``lit`` (Lightning) -> ``evaluation``, ``app``, ``eval``, ``schedule`` and ``report`` side by side -> ``callbacks``
+-> ``commands`` -> ``cli``. Imports go only downwards.
 """
 
 from importlib import import_module

@@ -1,0 +1,154 @@
+"""The report's tables as Markdown, with links to the pictures where they lie."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from illume_lightning.report.content import Content, SampleGroup, SampleView
+from illume_lightning.report.paper import PaperNumber
+from illume_lightning.report.pictures import Picture
+from illume_lightning.report.runs import Gap
+from illume_lightning.report.score_tables import ScoreTable
+
+
+def markdown(content: Content, folder: Path) -> str:
+    """The whole report.
+
+    Args:
+        content: what to say.
+        folder: that the text will lie in; links are relative to it.
+    """
+    lines = [f"# ILLUME+ on {_plain(content.world)}, seed {content.seed}", ""]
+    facts = (content.date, content.progress, f"{content.total} in all", f"written on {content.hardware}")
+    lines += [_plain(" · ".join(fact for fact in facts if fact)), ""]
+    rows = [
+        (number.label, number.about, number.value, number.interval, number.n, number.baselines)
+        for number in content.key_numbers
+    ]
+    lines += _table(("key number", "what it says", ">value", ">95 % interval", ">n", "baselines"), rows)
+    lines += ["## Scores", ""]
+    for table in content.score_tables:
+        lines += _scores(table)
+    lines += _gaps(content.score_gaps)
+    lines += ["## Samples", ""]
+    for group in content.sample_groups:
+        lines += _samples(group, folder)
+    for grid in content.grids:
+        lines += [f"{_plain(grid.title)}:", "", _image(grid.picture, folder), ""]
+    lines += ["## Curves", "", "Drawn in `report.html`; the last held-out metrics of each run:", ""]
+    for curves in content.curve_groups:
+        for held_out in curves.held_out:
+            lines += [f"{held_out.title}, step {held_out.step:,}", ""]
+            header = ("data", *(f">{column}" for column in held_out.columns))
+            lines += _table(header, [(data, *cells) for data, cells in held_out.rows])
+        lines += [f"- {_plain(note)}" for note in curves.notes] + ([""] if curves.notes else [])
+        lines += _gaps(curves.gaps)
+    lines += _codebook(content)
+    lines += ["## Steps", ""]
+    header = ("step", "state", "started", ">time", ">restarts", "fingerprint", "command")
+    steps = [
+        (row.name, row.state, row.started, row.duration, row.restarts, row.fingerprint, " ".join(row.words))
+        for row in content.steps
+    ]
+    return "\n".join([*lines, *_table(header, steps)]).rstrip() + "\n"
+
+
+def _scores(table: ScoreTable) -> Iterator[str]:
+    yield from (
+        f"### {_plain(table.title)}",
+        "",
+        _plain(", ".join(filter(None, (table.source, table.date)))),
+        "",
+    )
+    header = ("score", ">value", ">95 % interval", ">n", "baselines", "the paper, on other data")
+    rows = [
+        (row.label, row.value, row.interval, row.n, row.baselines, "; ".join(map(_paper, row.paper)))
+        for row in table.rows
+    ]
+    yield from _table(header, rows)
+    others = [number for number in table.paper if number.beside is None]
+    if others:
+        yield f"Also in the paper, not on the same data: {_plain('; '.join(map(_paper, others)))}."
+        yield ""
+
+
+def _paper(number: PaperNumber) -> str:
+    return f"{number.shown} ({number.model}, {number.measured}, {number.source})"
+
+
+def _samples(group: SampleGroup, folder: Path) -> Iterator[str]:
+    yield from (f"### {_plain(group.title)}", "")
+    if group.count:
+        yield from (f"{group.count[:1].upper()}{group.count[1:]}.", "")
+    columns = list(dict.fromkeys(role for sample in group.samples for role, _ in sample.pictures))
+    has_answers = any(sample.answer is not None or sample.expected is not None for sample in group.samples)
+    header = ("prompt", *columns, *(("answer", "expected") if has_answers else ()), "right")
+    rows = []
+    for sample in group.samples:
+        answers = (sample.answer, sample.expected) if has_answers else ()
+        rows.append((sample.prompt, *_roles(sample, columns, folder), *answers, _mark(sample.right)))
+    yield from _table(header, rows)
+
+
+def _roles(sample: SampleView, columns: Sequence[str], folder: Path) -> list["_Ready"]:
+    return [
+        _Ready(" ".join(_image(picture, folder) for role, picture in sample.pictures if role == column))
+        for column in columns
+    ]
+
+
+def _mark(right: bool | None) -> str:
+    return "" if right is None else "yes" if right else "no"
+
+
+def _codebook(content: Content) -> Iterator[str]:
+    yield from ("## Codebooks", "")
+    header = ["pictures"]
+    for book in ("semantic", "pixel"):
+        header += [f">{book} codes in use", ">perplexity", ">dead codes"]
+    if content.codebook:
+        yield from _table(header, [(row.data, *row.semantic, *row.pixel) for row in content.codebook])
+    if content.codebook_paper:
+        yield f"In the paper: {_plain('; '.join(map(_paper, content.codebook_paper)))}."
+        yield ""
+    if content.codebook_gap:
+        yield from _gaps([content.codebook_gap])
+
+
+class _Ready(str):
+    """A cell that is Markdown already."""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+    """A table and an empty line; columns whose header begins with > are flush right."""
+    yield "| " + " | ".join(_plain(name.removeprefix(">")) for name in header) + " |"
+    yield "|" + "|".join("---:" if name.startswith(">") else "---" for name in header) + "|"
+    for row in rows:
+        cells = (
+            "" if cell is None else cell if isinstance(cell, _Ready) else _plain(str(cell)) for cell in row
+        )
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def _gaps(gaps: Sequence[Gap]) -> Iterator[str]:
+    for gap in gaps:
+        command = gap.command.replace("`", "'")
+        yield f"- Missing: {_plain(gap.text)}" + (f" Run `{command}`." if command else "")
+    if gaps:
+        yield ""
+
+
+def _image(picture: Picture, folder: Path) -> str:
+    if picture.problem:
+        return _plain(picture.problem)
+    path = os.path.relpath(picture.path.resolve(), folder.resolve())
+    return f"![{_plain(picture.path.stem)}]({quote(Path(path).as_posix())})"
+
+
+def _plain(text: str) -> str:
+    """Text as one line that is neither HTML nor Markdown."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\|*`\[\]_])", r"\\\1", " ".join(text.split()))

@@ -20,8 +20,9 @@ NUM_SLOTS = 2 * SLOT_STEPS**2
 class ImageLayout:
     """The tokens of one picture, from start of image to end of image.
 
-    Semantic rows first, then pixel rows, each row closed by an end of line. Where a picture is input, its cells
-    hold continuous features instead of codes; the markers are the same. ``image_layout`` makes it for a size.
+    Semantic rows first, then pixel rows, unless the vocabulary says otherwise; each row is closed by an end of line.
+    Where a picture is input, its cells hold continuous features instead of codes; the markers are the same.
+    ``image_layout`` makes it for a size.
     """
 
     grids: Grids
@@ -45,7 +46,8 @@ class ImageLayout:
         vocabulary = self.vocabulary
         only = {name: _only(getattr(vocabulary, name)) for name in _MARKER_NAMES}
         positions = [only["start_of_image"]]
-        for branch, codes in (("semantic", vocabulary.semantic_ids), ("pixel", vocabulary.pixel_ids)):
+        branches = [("semantic", vocabulary.semantic_ids), ("pixel", vocabulary.pixel_ids)]
+        for branch, codes in reversed(branches) if vocabulary.pixel_first else branches:
             rows, columns = getattr(self.grids, branch)
             positions.append(only[f"start_of_{branch}"])
             positions.extend(([codes] * columns + [only["end_of_line"]]) * rows)

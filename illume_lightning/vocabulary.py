@@ -48,6 +48,9 @@ class Vocabulary:
     """Rows at the end that stand for nothing. Published tables have some (Qwen2.5-3B: 271), and they take part in
     the softmax."""
 
+    pixel_first: bool = False
+    """Pixel rows stand before semantic ones in a picture: fine to coarse, against the paper. Ids are the same."""
+
     def __post_init__(self) -> None:
         for name in ("num_text", "semantic_codes", "pixel_codes", "size_step", "num_sizes"):
             if getattr(self, name) < 1:

@@ -39,6 +39,35 @@ def test_every_run_parses_with_every_hardware(run: str, hardware: str) -> None:
         assert config["trainer"]["accelerator"] == name
 
 
+@pytest.mark.parametrize("claim", ["pixel_first", "discrete_input"])
+def test_a_claim_is_switched_off_in_every_stage_and_nothing_else(claim: str) -> None:
+    folders = set()
+    for number in (1, 2, 3):
+        run, overlay = f"shapes/mllm_stage{number}.yaml", f"ablations/claims/{claim}.yaml"
+        plain, config = parse(run), parse(run, overlay)
+        folder = Path(config["trainer"]["default_root_dir"])
+        folders.add(folder)
+        assert folder.parts[:4] == ("runs", "ablations", "claims", claim) and folder.name == "seed0"
+        assert config["trainer"]["callbacks"][-2]["init_args"]["dirpath"] == f"{folder}/checkpoints"
+        mllm = config["model"]["init_args"]["mllm"]["init_args"]
+        options = mllm["vocabulary"] if claim == "pixel_first" else mllm
+        assert options[claim] is True
+        options[claim] = False
+        assert all(config[section] == plain[section] for section in ("model", "data", "curriculum"))
+    assert len(folders) == 3
+
+
+def test_the_noise_is_switched_off_and_nothing_else() -> None:
+    plain, config = (
+        parse("shapes/dualvitok.yaml", *overlay) for overlay in ([], ["ablations/claims/no_noise.yaml"])
+    )
+    assert config["trainer"]["default_root_dir"] == "runs/ablations/claims/no_noise/seed0"
+    noise = config["model"]["init_args"]["model"]["init_args"]["noise"]["init_args"]
+    assert noise["kind"] == "none"
+    noise["kind"] = "random"
+    assert all(config[section] == plain[section] for section in ("model", "data", "curriculum"))
+
+
 def test_the_seed_reaches_data_and_folder() -> None:
     config = parse("shapes/dualvitok.yaml", flags=("--seed_everything=5",))
     assert config["data"]["init_args"]["seed"] == 5

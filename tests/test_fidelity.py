@@ -131,6 +131,8 @@ def mllm() -> dict[str, str]:
         "vocabulary": f"{vocabulary.size - vocabulary.num_unused} ids in {vocabulary.size} rows",
         "language model": f"{trunk.num_hidden_layers} blocks of width {trunk.hidden_size}, "
         + ("tied" if model.head.is_tied else "untied"),
+        "input of pictures": "codes" if model.discrete_input else "continuous features",
+        "order within pictures": order(vocabulary),
         "ViT blocks of stage 3": f"from {stages[3].vit_from_layer}",
         "optimizer": type(optimizer).__name__,
         "weight decay": optimizer.param_groups[0]["weight_decay"],
@@ -159,11 +161,16 @@ def mllm() -> dict[str, str]:
     return {key: str(value) for key, value in values.items()}
 
 
+def order(vocabulary: Vocabulary) -> str:
+    """Kinds of codes as the layout has them."""
+    kinds = {vocabulary.semantic_ids: "semantic", vocabulary.pixel_ids: "pixel"}
+    found = dict.fromkeys(kinds[ids] for ids in image_layout((64, 64), vocabulary).allowed if ids in kinds)
+    return ", then ".join(found)
+
+
 def generation() -> dict[str, str]:
     """Sampling of every task, and the order in which the layout has the codes."""
-    defaults, vocabulary = Defaults(), Vocabulary()
-    kinds = {vocabulary.semantic_ids: "semantic", vocabulary.pixel_ids: "pixel"}
-    order = dict.fromkeys(kinds[ids] for ids in image_layout((64, 64), vocabulary).allowed if ids in kinds)
+    defaults = Defaults()
 
     def described(sampling: TokenSampling) -> str:
         segments = {"semantic": sampling.semantic, "pixel": sampling.pixel}
@@ -172,7 +179,7 @@ def generation() -> dict[str, str]:
 
     assert {defaults.chat.text, defaults.generate.text, defaults.edit.text} == {SegmentSampling(0.0)}
     return {
-        "order of tokens": ", then ".join(order),
+        "order of tokens": order(Vocabulary()),
         "sampling of pictures": described(defaults.generate),
         "sampling of edits": described(defaults.edit),
         "sampling of words": "greedy",

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -90,10 +91,14 @@ def test_a_picture_follows_the_published_machine_at_every_size(mode: str) -> Non
         layout.codes(ids)
 
 
-def test_an_only_picture_ends_the_answer() -> None:
-    grammar = Grammar(SMALL, image_layout((32, 48), SMALL))
-    for id in image_layout((32, 48), SMALL).template:
+@pytest.mark.parametrize("pixel_first", [False, True])
+def test_an_only_picture_ends_the_answer(pixel_first: bool) -> None:
+    vocabulary = replace(SMALL, pixel_first=pixel_first)
+    layout = image_layout((32, 48), vocabulary)
+    grammar = Grammar(vocabulary, layout)
+    for id, allowed in zip(layout.template, layout.allowed, strict=True):
         assert not grammar.is_finished
+        assert grammar.allowed == (allowed,)
         grammar.advance(id)
     assert grammar.is_finished
     assert grammar.allowed == ()

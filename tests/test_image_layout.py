@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -22,6 +23,7 @@ LENGTHS = {
     (320, 960): 1600,
 }
 SMALL = Vocabulary(num_text=50, semantic_codes=8, pixel_codes=16, size_step=16)
+PIXEL_FIRST = replace(SMALL, pixel_first=True)
 
 
 @pytest.mark.parametrize("size", LENGTHS)
@@ -39,19 +41,38 @@ def test_a_small_image_in_full():
         *(s1, second, second + 1, second + 2, eol, second + 3, second + 4, second + 15, eol, e1),
         eoi,
     ]
+    assert image_layout((32, 48), PIXEL_FIRST).ids([7], [0, 1, 2, 3, 4, 15]) == [
+        *(soi, s1, second, second + 1, second + 2, eol, second + 3, second + 4, second + 15, eol, e1),
+        *(s0, first + 7, eol, e0),
+        eoi,
+    ]
     assert layout.size_tokens == (58, 75)
     assert [layout.template[slot] for slot in layout.pixel_slots] == [second] * 6
 
 
+@pytest.mark.parametrize("vocabulary", [SMALL, PIXEL_FIRST], ids=["", "pixel first"])
 @pytest.mark.parametrize("size", [(16, 16), (112, 112), (64, 208), (1024, 256)])
-def test_ids_and_codes_are_inverse(size):
+def test_ids_and_codes_are_inverse(size, vocabulary):
     draw = random.Random(0)
-    layout = image_layout(size, SMALL)
+    layout = image_layout(size, vocabulary)
     semantic = [draw.randrange(8) for _ in layout.semantic_slots]
     pixel = [draw.randrange(16) for _ in layout.pixel_slots]
     ids = layout.ids(semantic, pixel)
     assert layout.codes(ids) == (semantic, pixel)
     assert all(token in allowed for token, allowed in zip(ids, layout.allowed, strict=True))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (64, 208)])
+def test_the_order_moves_cells_and_changes_nothing_else(size):
+    layout, other = image_layout(size, SMALL), image_layout(size, PIXEL_FIRST)
+    assert max(layout.semantic_slots) < min(layout.pixel_slots)
+    assert max(other.pixel_slots) < min(other.semantic_slots)
+    for name in ("semantic_slots", "pixel_slots"):
+        places = [[found.slot_ids[slot] for slot in getattr(found, name)] for found in (layout, other)]
+        assert places[0] == places[1]
+    assert sorted(zip(layout.template, layout.slot_ids, strict=True)) == sorted(
+        zip(other.template, other.slot_ids, strict=True)
+    )
 
 
 def test_what_is_refused():

@@ -17,6 +17,8 @@ def test_ids_of_qwen_are_the_published_ones():
     # Embedding rows of Qwen2.5-3B and 7B: the original ones and 131,111 more.
     assert Vocabulary(num_unused=271).size == 151_936 + 131_111
     assert Vocabulary(num_unused=399).size == 152_064 + 131_111
+    # The order within pictures is none of ids.
+    assert Vocabulary(pixel_first=True).pixel_ids == vocabulary.pixel_ids
 
 
 def test_strings_stand_at_their_ids():

@@ -13,11 +13,12 @@ from illume_lightning.data.worlds.shapes_conversations import prepare_shapes_tok
 SIZES = ((32, 32), (32, 64), (64, 32))
 
 
-def build_illume(folder: Path) -> Illume:
+def build_illume(folder: Path, discrete_input: bool = False) -> Illume:
     """Untrained; its text tokenizer is written to a folder."""
     prepare_shapes_tokenizer(folder)
     text_tokenizer = TextTokenizer(folder)
     torch.manual_seed(0)
-    mllm = build_mllm(vocabulary=text_tokenizer.vocabulary(64, 96, size_step=16), slot_grid=4)
+    vocabulary = text_tokenizer.vocabulary(64, 96, size_step=16)
+    mllm = build_mllm(vocabulary=vocabulary, slot_grid=4, discrete_input=discrete_input)
     torch.nn.init.normal_(mllm.slot_embedding.weight)
     return Illume(mllm, text_tokenizer, build_tiny().eval(), sizes=SIZES, max_side=64, slots=6, context=2048)

@@ -21,13 +21,15 @@ def build_mllm(
     slot_grid: int = 0,
     width: int = 32,
     vocabulary: Vocabulary = VOCABULARY,
+    discrete_input: bool = False,
     **trunk: Any,
 ) -> MLLM:
     """Two blocks and towers that train; ``trunk``: other sizes of the trunk."""
     sizes = {"width": width, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 64, "init_std": 0.2}
     tower = QwenVisionTower(1, 32, 2, 48)
     encoder = PixelEncoder(8, num_res_blocks=1, latent_channels=8, norm_groups=4)
-    return MLLM(build_trunk(**(sizes | trunk)), vocabulary, tower, encoder, tied, slot_grid, init_std=0.5)
+    options = {"tied": tied, "slot_grid": slot_grid, "discrete_input": discrete_input}
+    return MLLM(build_trunk(**(sizes | trunk)), vocabulary, tower, encoder, **options, init_std=0.5)
 
 
 class Document(NamedTuple):

@@ -62,6 +62,7 @@ def token_sequence(
     vocabulary: Vocabulary,
     codes: Callable[[int], Codes | None],
     shown: Sequence[int],
+    discrete_input: bool = False,
 ) -> TokenSequence:
     """Put the pieces of a rendered conversation together.
 
@@ -71,6 +72,7 @@ def token_sequence(
         vocabulary: of the model.
         codes: of an image by its number, or none where they are yet to be made.
         shown: number of the image, in `sizes` and `codes`, that stands for each image of the pieces.
+        discrete_input: images that are input take their codes too, where they are known.
 
     Raises:
         ValueError: if codes don't fit the image's size.
@@ -87,13 +89,11 @@ def token_sequence(
             part = _size(sizes[image].size, vocabulary, piece.is_supervised)
         else:
             layout = _arrays(sizes[image].size, vocabulary)
-            known = codes(image) if piece.kind == "target" else None
+            known = codes(image) if discrete_input or piece.kind == "target" else None
             part = _image(layout, known, vocabulary, piece.is_supervised)
             cells = Cells(image, sizes[image], layout.semantic + length, layout.pixel + length)
-            if piece.kind == "input":
-                inputs.append(cells)
-            elif known is None:
-                targets.append(cells)
+            if known is None:
+                (inputs if piece.kind == "input" else targets).append(cells)
         parts.append(part)
         length += len(part.ids)
     ids, segments, is_supervised, slots = (np.concatenate(column) for column in zip(*parts, strict=True))

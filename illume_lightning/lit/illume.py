@@ -51,7 +51,8 @@ class Illume:
     Args:
         mllm: the language model, on its device.
         text_tokenizer: of text.
-        tokenizer: makes pictures of codes; without it there are answers in words only.
+        tokenizer: makes pictures of codes; without it there are answers in words only. Models with discrete input
+            also need it to look at pictures.
         diffusion_decoder: makes pictures of codes too, twice as large.
         sizes: heights and widths of pictures that the model was trained to make; the first is the default.
         max_side: square root of the largest area of pictures to look at, in pixels; larger ones are scaled down.
@@ -79,7 +80,14 @@ class Illume:
         self.mllm, self.text_tokenizer = mllm.requires_grad_(False), text_tokenizer
         self.tokenizer, self.diffusion_decoder = tokenizer, diffusion_decoder
         self.prompts = Prompts(
-            mllm.vocabulary, text_tokenizer, sizes, max_side, self._codes, defaults, release_prompts
+            mllm.vocabulary,
+            text_tokenizer,
+            sizes,
+            max_side,
+            self._codes,
+            defaults,
+            release_prompts,
+            mllm.discrete_input,
         )
         ends = text_tokenizer.end_of_turn, text_tokenizer.end_of_text
         self.engine = Engine(mllm, ends, slots, context, pack)
@@ -351,7 +359,7 @@ class Illume:
     def _codes(self, images: Tensor) -> Codes:
         """Codes of a picture (1, 3, H, W) in [-1, 1]."""
         if self.tokenizer is None:
-            raise ValueError("pictures of the assistant need a tokenizer: give the DualViTok run")
+            raise ValueError("pictures that enter as codes need a tokenizer: give the DualViTok run")
         codes = self.tokenizer.encode(images.to(next(self.tokenizer.parameters()).device)).codes
         assert codes.semantic is not None and codes.pixel is not None
         return codes.semantic.flatten().cpu().numpy(), codes.pixel.flatten().cpu().numpy()

@@ -45,7 +45,7 @@ class MLLMStage(TrainingModule):
         lr_scheduler: stepped once per training step; ``None`` is the paper's constant rate.
         gradient_clip: largest gradient norm; 0 turns clipping off (official release: 1.0).
         tokenizer: DualViTok run, checkpoint or published file that makes the codes of images to generate, where
-            no cache has them.
+            no cache has them, and with discrete input of images to look at.
         z_loss: weight of the squared log-sum-exp, which keeps logits small; 0 turns it off.
         checkpoint_activations: compute the trunk's activations again in the backward pass instead of keeping them.
         compile: compile the trunk.
@@ -176,9 +176,16 @@ class MLLMStage(TrainingModule):
 
         Raises:
             FileNotFoundError: if there is none at its path.
-            ValueError: if its codebooks are not those of the vocabulary.
+            ValueError: if its codebooks are not those of the vocabulary, or input is discrete and there is no path.
         """
-        if self.tokenizer_path is None or "tokenizer" in self.fixed:
+        if "tokenizer" in self.fixed:
+            return
+        if self.tokenizer_path is None:
+            if self.model.discrete_input:
+                raise ValueError(
+                    "discrete_input: pictures to look at enter as codes: set model.tokenizer to the DualViTok run that "
+                    "makes them"
+                )
             return
         tokenizer = load_tokenizer(self.tokenizer_path)
         vocabulary = self.model.vocabulary
@@ -223,7 +230,7 @@ class MLLMStage(TrainingModule):
             ids=ids,
             position_ids=batch.position_ids,
             document_ids=batch.document_ids,
-            images=[to_float(images) for images in batch.images],
+            images=[to_float(images) for images in batch.images if not self.model.discrete_input],
             semantic_slots=batch.semantic_slots,
             pixel_slots=batch.pixel_slots,
             target_positions=batch.target_positions,
@@ -235,12 +242,16 @@ class MLLMStage(TrainingModule):
 
     @torch.no_grad()
     def tokenized(self, batch: PackedBatch) -> Tensor:
-        """Ids (R, T) with the codes of the images that came without.
+        """Ids (R, T) with the codes of the images that came without; with discrete input of those looked at too.
 
         Raises:
             ValueError: if there are such images and no tokenizer.
         """
-        if not batch.target_images:
+        images, slots = batch.target_images, (batch.target_semantic_slots, batch.target_pixel_slots)
+        if self.model.discrete_input:
+            images = [*images, *batch.images]
+            slots = torch.cat([slots[0], batch.semantic_slots]), torch.cat([slots[1], batch.pixel_slots])
+        if not images:
             return batch.ids
         if "tokenizer" not in self.fixed:
             raise ValueError(
@@ -250,13 +261,13 @@ class MLLMStage(TrainingModule):
         tokenizer: DualViTok = self.fixed["tokenizer"]  # type: ignore[assignment]
         vocabulary = self.model.vocabulary
         with torch.autocast(self.device.type, enabled=False):  # the same codes as a cache has
-            codes = [tokenizer.encode(to_float(images)).codes for images in batch.target_images]
+            codes = [tokenizer.encode(to_float(pictures)).codes for pictures in images]
         ids = batch.ids.flatten().clone()
-        for slots, name, start in (
-            (batch.target_semantic_slots, "semantic", vocabulary.semantic_ids.start),
-            (batch.target_pixel_slots, "pixel", vocabulary.pixel_ids.start),
+        for places, name, start in (
+            (slots[0], "semantic", vocabulary.semantic_ids.start),
+            (slots[1], "pixel", vocabulary.pixel_ids.start),
         ):
-            ids[slots] = torch.cat([getattr(grid, name).flatten() for grid in codes]) + start
+            ids[places] = torch.cat([getattr(grid, name).flatten() for grid in codes]) + start
         return ids.view_as(batch.ids)
 
     def _log_tasks(self, output: CrossEntropy, batch: PackedBatch) -> None:
@@ -380,7 +391,7 @@ class MLLMStage3(MLLMStage):
         return {
             "adapters": self.model.adapter_parameters(),
             "llm": self.model.llm_parameters() if self.lora is None else LoRA.parameters(self.model.trunk),
-            "vision_tower": [*self._vit(), *self._pixel_encoder()],
+            "vision_tower": [] if self.model.discrete_input else [*self._vit(), *self._pixel_encoder()],
         }
 
     def _vit(self) -> Iterator[nn.Parameter]:

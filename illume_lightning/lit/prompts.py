@@ -119,9 +119,11 @@ class Prompts:
         tokenizer: of text.
         sizes: heights and widths of pictures that the model was trained to make; the first is the default.
         max_side: square root of the largest area of pictures to look at, in pixels.
-        encode: codes of a picture (1, 3, H, W) in [-1, 1] that stands in an assistant's turn and was not made here.
+        encode: codes of a picture (1, 3, H, W) in [-1, 1] that stands in an assistant's turn and was not made here,
+            or of one to look at where input is discrete.
         defaults: sampling of each task.
         release_prompts: the official release's unconditional prompts instead of masked text.
+        discrete_input: of the model: pictures to look at are codes.
     """
 
     def __init__(
@@ -133,10 +135,12 @@ class Prompts:
         encode: Callable[[Tensor], Codes],
         defaults: Defaults,
         release_prompts: bool = False,
+        discrete_input: bool = False,
     ) -> None:
         self.vocabulary, self.tokenizer = vocabulary, tokenizer
         self.sizes, self.max_side, self.defaults = tuple(sizes), max_side, defaults
         self._encode, self._release_prompts = encode, release_prompts
+        self._discrete_input = discrete_input
 
     def ask(self, task: Task) -> Asked:
         """The request of a task.
@@ -172,9 +176,10 @@ class Prompts:
     ) -> Request:
         """A request that is answered by one picture."""
         sizes = [SizedImage(size, False)] * (len(images) + 1)
+        codes = {n: self._encode(image) for n, image in enumerate(images) if self._discrete_input}
         twin = unconditional(conversation, self._release_prompts)
         made = [
-            self._prompt(given, sizes, images, shown, {}, self.vocabulary.size_tokens(size))
+            self._prompt(given, sizes, images, shown, codes, self.vocabulary.size_tokens(size))
             for given, shown in (
                 (conversation, tuple(range(len(sizes)))),
                 (twin.conversation, twin.images),
@@ -212,7 +217,7 @@ class Prompts:
     def _pictures(
         self, conversation: Conversation, pictures: Sequence[Image.Image | MadeImage]
     ) -> tuple[list[SizedImage], list[Tensor], dict[int, Codes]]:
-        """Sizes and pixels of a conversation's pictures, and codes of those that the assistant showed."""
+        """Sizes and pixels of a conversation's pictures, and codes of those that enter as such."""
         has_made = any(conversation.is_target)
         sizes, images, codes = [], [], {}
         for number, (picture, is_made) in enumerate(zip(pictures, conversation.is_target, strict=True)):
@@ -234,7 +239,7 @@ class Prompts:
             )
             sizes.append(SizedImage(size, not has_made))
             images.append(to_tensor(fitted))
-            if is_made:
+            if is_made or self._discrete_input:
                 codes[number] = self._encode(images[-1])
         return sizes, images, codes
 
@@ -248,7 +253,7 @@ class Prompts:
         size_tokens: Sequence[int] = (),
     ) -> Prompt:
         pieces = prompt(conversation, self.tokenizer)
-        sequence = token_sequence(pieces, sizes, self.vocabulary, codes.get, shown)
+        sequence = token_sequence(pieces, sizes, self.vocabulary, codes.get, shown, self._discrete_input)
         return Prompt(
             ids=[*sequence.ids.tolist(), *size_tokens],
             slot_ids=[*sequence.slots.tolist(), *(0 for _ in size_tokens)],

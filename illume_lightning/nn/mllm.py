@@ -118,6 +118,8 @@ class MLLM(nn.Module):
         tied: the head uses the embedding's rows (Qwen2.5-3B).
         slot_grid: where positive, the side of a ``SlotEmbedding``, which tells features and codes alike where in
             the picture they stand. Neither the paper nor the official release has it.
+        discrete_input: pictures are input as their codes, against the paper: ids have them, no images are given,
+            and vision tower, pixel encoder and adapters have no part.
         init_std: standard deviation of the initial embedding and head.
     """
 
@@ -129,6 +131,7 @@ class MLLM(nn.Module):
         pixel_encoder: PixelEncoder,
         tied: bool = False,
         slot_grid: int = 0,
+        discrete_input: bool = False,
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
@@ -142,10 +145,12 @@ class MLLM(nn.Module):
         self.semantic_encoder = semantic_encoder
         self.pixel_encoder = pixel_encoder
         self.slot_embedding = SlotEmbedding(slot_grid, width) if slot_grid else None
+        self.discrete_input = discrete_input
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """Of both adapters, and of the slot embedding where there is one."""
-        modules = [self.semantic_adapter, self.pixel_adapter, self.slot_embedding]
+        """Of both adapters unless input is discrete, and of the slot embedding where there is one."""
+        adapters = [] if self.discrete_input else [self.semantic_adapter, self.pixel_adapter]
+        modules = [*adapters, self.slot_embedding]
         return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
     def vision_table_parameters(self) -> list[nn.Parameter]:
@@ -206,7 +211,7 @@ class MLLM(nn.Module):
         """Input embeddings: of tokens, and of picture features in their slots.
 
         Args:
-            ids: (R, T); any id in the slots of features.
+            ids: (R, T); any id in the slots of features, codes where input is discrete.
             images: as ``features``.
             semantic_slots: (S,) flat positions of the semantic features.
             pixel_slots: (P,) flat positions of the pixel features.
@@ -216,8 +221,15 @@ class MLLM(nn.Module):
             (R, T, D).
 
         Raises:
-            ValueError: features and slots are not equally many, or a slot embedding has no slot ids.
+            ValueError: features and slots are not equally many, a slot embedding has no slot ids, or there are images
+                and input is discrete.
         """
+        if self.discrete_input:
+            if images:
+                raise ValueError(
+                    "this MLLM has discrete input: put the pictures' codes into ids, not images."
+                )
+            return self.embed_tokens(ids, slot_ids)
         embeds = self.embedding(ids)
         flat = embeds.flatten(0, 1)
         parts = zip(

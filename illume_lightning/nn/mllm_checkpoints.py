@@ -207,9 +207,14 @@ def save_mllm(mllm: MLLM, folder: str | Path, shard_bytes: int = SHARD_BYTES) ->
         shard_bytes: a file holds no more, except that a single larger tensor has its own.
 
     Raises:
-        ValueError: the folder exists.
+        ValueError: the folder exists, or the model reads pictures in a way that this format can't tell.
     """
     folder = Path(folder)
+    if mllm.discrete_input or mllm.vocabulary.pixel_first:
+        raise ValueError(
+            "the published format is of models with continuous input and semantic rows first: an MLLM with "
+            "discrete_input or pixel_first can't be written in it; use the run itself."
+        )
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder, or remove it.")
     layout = published_layout(mllm)

@@ -214,11 +214,19 @@ def test_a_diffusion_decoder_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "has no VAE to write" in capsys.readouterr().err
 
 
-def test_what_cannot_be_exported(exported: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_exported(
+    exported: Path, world: Path, text: TextTokenizer, dualvitok: DualViTok, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="out exists: choose another folder"):
         export_run(exported / "run", exported / "out")
     with pytest.raises(FileNotFoundError, match="is no run"):
         export_run(tmp_path / "nowhere", tmp_path / "out")
+    write_mllm_run(tmp_path / "discrete", text, dualvitok, discrete_input=True)
+    with pytest.raises(ValueError, match="an MLLM with discrete_input or pixel_first can't be written"):
+        export_run(tmp_path / "discrete", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run = Illume.from_run(tmp_path / "discrete", world / "dualvitok", device="cpu", context=512)
+    assert run.mllm.discrete_input
     module = {"class_path": "illume_lightning.lit.vision_encoder.VisionEncoderModule"}
     write_run(tmp_path / "run", torch.nn.Linear(1, 1), {"model": module})
     with pytest.raises(ValueError, match="is a run of VisionEncoderModule: only runs of an MLLM stage"):

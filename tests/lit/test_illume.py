@@ -13,7 +13,7 @@ from illume_lightning.data.conversation import IMAGE, Conversation, Turn
 from illume_lightning.data.packing import SizedImage
 from illume_lightning.data.token_sequence import TokenSequence, token_sequence
 from illume_lightning.image_layout import image_layout
-from illume_lightning.lit.prompts import MadeImage
+from illume_lightning.lit.prompts import MadeImage, to_tensor
 
 CAPTION, INSTRUCTION = "a red circle {on} white", "remove the red circle"
 GREEDY = TokenSampling(*(SegmentSampling(temperature=0),) * 3, guidance=1.0)
@@ -104,6 +104,29 @@ def test_a_conversation_with_made_pictures_is_what_training_reads(illume: Illume
     sequence = trained(illume, conversation, sizes, (0, 1))
     assert list(prompt.ids) == sequence.ids[: len(prompt.ids)].tolist()
     assert len(sequence.ids) - len(prompt.ids) >= 3  # the answer, the end of its turn, a line break
+
+
+def test_discrete_input_reads_the_codes_of_pictures(tmp_path: Path) -> None:
+    illume = build_illume(tmp_path, discrete_input=True)
+    vocabulary = illume.mllm.vocabulary
+    own = picture(32, 64)
+    question = [
+        {"role": "user", "content": [{"type": "image", "image": own}, {"type": "text", "text": "What?"}]}
+    ]
+    layout, codes = image_layout((32, 64), vocabulary), illume._codes(to_tensor(own))
+    expected = layout.ids(*(branch.tolist() for branch in codes))
+    for task in (Edit(own, INSTRUCTION), Chat(question)):
+        request = illume.prompts.ask(task).request
+        for prompt in (request.prompt, request.unconditional):
+            start = list(prompt.ids).index(vocabulary.start_of_image)
+            assert list(prompt.ids[start : start + layout.length]) == expected
+            assert list(prompt.slot_ids[start : start + layout.length]) == list(layout.slot_ids)
+            assert not prompt.images and not prompt.semantic_slots and not prompt.pixel_slots
+    edited = [illume.edit(source, INSTRUCTION)[0].tobytes() for source in (own, own, picture(32, 64, 1))]
+    assert edited[0] == edited[1] != edited[2]
+    blind = Illume(illume.mllm, illume.text_tokenizer, sizes=SIZES, slots=4, context=2048)
+    with pytest.raises(ValueError, match="pictures that enter as codes need a tokenizer"):
+        blind.check(Chat(question))
 
 
 def test_pictures_have_the_sizes_asked_for_and_follow_their_seeds(illume: Illume) -> None:

@@ -1,5 +1,6 @@
 """The MLLM's stages: what trains, packed batches from stores and caches, resume, evaluation."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from illume_lightning.data.worlds.shapes_conversations import (
     prepare_shapes_tokenizer,
 )
 from illume_lightning.lit.conversation_data import ConversationDataModule, Conversations
+from illume_lightning.lit.dualvitok import to_float
 from illume_lightning.lit.lora import LoRA
 from illume_lightning.lit.mllm import MLLMStage, MLLMStage1, MLLMStage2, MLLMStage3
 from illume_lightning.lit.prepare_tokens import prepare_tokens
@@ -52,11 +54,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def vocabulary(world: Path) -> Vocabulary:
-    return TextTokenizer(world / "text_tokenizer").vocabulary(64, 96, size_step=16)
+def vocabulary(world: Path, pixel_first: bool = False) -> Vocabulary:
+    given = TextTokenizer(world / "text_tokenizer").vocabulary(64, 96, size_step=16)
+    return replace(given, pixel_first=pixel_first)
 
 
-def data(world: Path, *tasks: str, cached: bool = True, **options: Any) -> ConversationDataModule:
+def data(
+    world: Path, *tasks: str, cached: bool = True, pixel_first: bool = False, **options: Any
+) -> ConversationDataModule:
     def train(task: str) -> Conversations:
         has_codes = cached and (world / task / "codes").is_dir()
         return Conversations(str(world / task / "train"), tokens=[str(world / task / "codes")] * has_codes)
@@ -64,18 +69,26 @@ def data(world: Path, *tasks: str, cached: bool = True, **options: Any) -> Conve
     options = {"row_tokens": 512, "num_workers": 0, "val_side": SIDE} | options
     return ConversationDataModule(
         str(world / "text_tokenizer"),
-        vocabulary(world),
+        vocabulary(world, pixel_first),
         train={task: train(task) for task in tasks},
         val={task: Conversations(str(world / task / "val")) for task in tasks},
         **options,
     )
 
 
-def build(world: Path, stage: type[MLLMStage] = MLLMStage2, lr: float = 2e-3, **options: Any) -> MLLMStage:
+def build(
+    world: Path,
+    stage: type[MLLMStage] = MLLMStage2,
+    lr: float = 2e-3,
+    pixel_first: bool = False,
+    discrete_input: bool = False,
+    **options: Any,
+) -> MLLMStage:
     torch.manual_seed(0)
     rates = dict.fromkeys(stage.rates, lr)
     options = {"tokenizer": str(world / "dualvitok"), "learning_rates": rates} | options
-    return stage(build_mllm(vocabulary=vocabulary(world), slot_grid=4), **options)
+    words = vocabulary(world, pixel_first)
+    return stage(build_mllm(vocabulary=words, slot_grid=4, discrete_input=discrete_input), **options)
 
 
 def phases(steps: int, batch: int = 8, micro: int = 4, mode: str = "fixed", **options: Any) -> list[Phase]:
@@ -144,12 +157,13 @@ def test_a_rate_of_what_the_stage_freezes(world):
 # -- batches --
 
 
-def test_cached_and_online_codes_give_the_same_batches(world, tmp_path):
-    module = build(world)
+@pytest.mark.parametrize("options", [{}, {"pixel_first": True}], ids=["", "pixel first"])
+def test_cached_and_online_codes_give_the_same_batches(world, tmp_path, options):
+    module = build(world, **options)
     module.setup("fit")
     tasks = ("reconstruction", "generation", "editing")
-    cached = batches(data(world, *tasks), phases(3), tmp_path)
-    online = batches(data(world, *tasks, cached=False), phases(3), tmp_path)
+    cached = batches(data(world, *tasks, **options), phases(3), tmp_path)
+    online = batches(data(world, *tasks, cached=False, **options), phases(3), tmp_path)
     assert len(cached) == len(online) == 6
     for one, other in zip(cached, online, strict=True):
         assert not one.target_images and other.target_images
@@ -157,6 +171,55 @@ def test_cached_and_online_codes_give_the_same_batches(world, tmp_path):
         assert torch.equal(module.tokenized(one), module.tokenized(other))
         for name in ("position_ids", "document_ids", "target_positions", "segments", "semantic_slots"):
             assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+def test_pixel_first_predicts_pixel_codes_before_semantic_ones(world, tmp_path):
+    for options, first in (({}, "semantic"), ({"pixel_first": True}, "pixel")):
+        (batch, *_) = batches(data(world, "generation", **options), phases(1), tmp_path)
+        codes = [kind for kind in batch.segments.tolist() if SEGMENTS[kind] in ("semantic", "pixel")]
+        assert SEGMENTS[codes[0]] == first
+    module = build(world, pixel_first=True)
+    run = phases(2)
+    trainer_for(tmp_path, run, log_every_n_steps=1).fit(module, data(world, *TASKS, pixel_first=True))
+    assert {"train/generation/pixel_loss", "train/editing/semantic_loss"} <= set(
+        module.trainer.callback_metrics
+    )
+
+
+@pytest.mark.parametrize("stage", [MLLMStage1, MLLMStage3])
+def test_discrete_input_trains_tokens_alone(world, tmp_path, stage):
+    options = {"vit_from_layer": 0} if stage is MLLMStage3 else {}
+    module = build(world, stage, discrete_input=True, **options)
+    before = weights(module)
+    trainer_for(tmp_path, phases(2)).fit(module, data(world, *TASKS))
+    changed = {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
+    moved = {key.removeprefix("model.").split(".")[0] for key in changed}
+    assert moved == {"slot_embedding", "embedding", "head"} | ({"trunk"} if stage is MLLMStage3 else set())
+    held = {id(parameter) for parameter in module.all_optimizers()[0].optimizer.state}
+    for name, parameter in module.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in held), name
+
+
+@torch.no_grad()
+def test_discrete_input_sees_pictures_by_their_codes(world, tmp_path):
+    module, continuous = build(world, discrete_input=True), build(world)
+    for one in (module, continuous):
+        one.setup("fit")
+    (batch, *_) = batches(data(world, "understanding", "editing"), phases(1), tmp_path)
+    assert batch.images and not batch.target_images
+    assert continuous.tokenized(batch) is batch.ids
+    ids = module.tokenized(batch).flatten()
+    words = module.model.vocabulary
+    codes = [module.fixed["tokenizer"].encode(to_float(images)).codes for images in batch.images]
+    semantic = torch.cat([grid.semantic.flatten() for grid in codes])
+    assert torch.equal(ids[batch.semantic_slots], words.semantic_ids.start + semantic)
+    assert (ids[batch.pixel_slots] >= words.pixel_ids.start).all()
+    others = torch.ones(len(ids), dtype=torch.bool)
+    others[torch.cat([batch.semantic_slots, batch.pixel_slots])] = False
+    assert torch.equal(ids[others], batch.ids.flatten()[others])
+    mirrored = batch._replace(images=[255 - images for images in batch.images])
+    losses = [module._losses(given, 1.0).loss for given in (batch, batch, mirrored)]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_workers_change_nothing(world, tmp_path):
@@ -388,6 +451,8 @@ def test_what_does_not_fit_together(world, tmp_path):
     trainer = trainer_for(tmp_path, run)
     with pytest.raises(ValueError, match="without cached codes: set model.tokenizer"):
         trainer.fit(build(world, tokenizer=None), data(world, "generation", cached=False))
+    with pytest.raises(ValueError, match="discrete_input: pictures to look at enter as codes: set model.tok"):
+        trainer.fit(build(world, tokenizer=None, discrete_input=True), data(world, "captioning"))
     short = data(world, "generation", row_tokens=30)
     short.tasks["validate"] = {}
     with pytest.raises(ValueError, match="leaves nothing of generation: it needs at least .* tokens"):

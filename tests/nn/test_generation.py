@@ -1,6 +1,7 @@
 """The engine: a batch is its singles, the cache is no cache, and every picture is whole."""
 
 import itertools
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from illume_lightning.nn.key_value_cache import KeyValueCache
 from illume_lightning.nn.mllm import MLLM
 from illume_lightning.nn.token_sampling import SegmentSampling, TokenSampling, draw, guide
 from illume_lightning.resolution import Size
+from illume_lightning.vocabulary import Vocabulary
 
 END_IDS = (1, 2)
 CHAT_SIZES = ((32, 48), (48, 32), (32, 16))
@@ -24,15 +26,19 @@ ANY = SegmentSampling(1e6)
 """Draws from all that may come, whatever the model says."""
 
 
-@pytest.fixture(params=[0, 4], ids=["", "slot embedding"])
+@pytest.fixture(
+    params=[(), (4,), (4, True), (4, False, True)],
+    ids=["", "slot embedding", "pixel first", "discrete input"],
+)
 def mllm(request: pytest.FixtureRequest) -> MLLM:
-    return build(request.param)
+    return build(*request.param)
 
 
-def build(slot_grid: int = 0) -> MLLM:
+def build(slot_grid: int = 0, pixel_first: bool = False, discrete_input: bool = False) -> MLLM:
     """A tiny model that often names sizes, and whose slots differ."""
     torch.manual_seed(0)
-    mllm = build_mllm(slot_grid=slot_grid)
+    vocabulary = replace(VOCABULARY, pixel_first=pixel_first)
+    mllm = build_mllm(slot_grid=slot_grid, vocabulary=vocabulary, discrete_input=discrete_input)
     with torch.no_grad():
         heights = VOCABULARY.height_ids
         mllm.head.vision[heights.start - 50 : heights.stop - 50] *= 1.5
@@ -43,14 +49,20 @@ def build(slot_grid: int = 0) -> MLLM:
     return mllm
 
 
-def prompt(seed: int, length: int = 6, picture: Size | None = None, size: Size | None = None) -> Prompt:
+def prompt(
+    seed: int,
+    length: int = 6,
+    picture: Size | None = None,
+    size: Size | None = None,
+    vocabulary: Vocabulary = VOCABULARY,
+) -> Prompt:
     """Words; a picture among them, and the size of one to make behind them, where asked for."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(3, 50, (length,), generator=generator).tolist()
     tail = [*words[2:], *(VOCABULARY.size_tokens(size) if size else ())]
     if picture is None:
         return Prompt([*words[:2], *tail], [0] * len([*words[:2], *tail]))
-    layout = image_layout(picture, VOCABULARY)
+    layout = image_layout(picture, vocabulary)
     image = torch.rand(1, 3, *picture, generator=generator) * 2 - 1
     return Prompt(
         ids=[*words[:2], *layout.template, *tail],
@@ -62,32 +74,72 @@ def prompt(seed: int, length: int = 6, picture: Size | None = None, size: Size |
 
 
 def to_make(
-    seed: int, size: Size, guidance: float, picture: Size | None = None, **sampling: SegmentSampling
+    seed: int,
+    size: Size,
+    guidance: float,
+    picture: Size | None = None,
+    vocabulary: Vocabulary = VOCABULARY,
+    **sampling: SegmentSampling,
 ) -> Request:
     """A request for one picture."""
     return Request(
-        prompt(seed, 7, picture, size),
-        layout=image_layout(size, VOCABULARY),
-        unconditional=prompt(seed + 1, 3, picture, size),
+        prompt(seed, 7, picture, size, vocabulary),
+        layout=image_layout(size, vocabulary),
+        unconditional=prompt(seed + 1, 3, picture, size, vocabulary),
         sampling=TokenSampling(guidance=guidance, **sampling),
         seed=seed,
     )
 
 
-def mixed() -> list[Request]:
+def as_codes(prompt: Prompt | None, seed: int) -> Prompt | None:
+    """The same with codes, drawn from the seed, instead of pictures."""
+    if prompt is None:
+        return None
+    ids, draw = list(prompt.ids), random.Random(seed)
+    for slots, kind in (
+        (prompt.semantic_slots, VOCABULARY.semantic_ids),
+        (prompt.pixel_slots, VOCABULARY.pixel_ids),
+    ):
+        for slot in slots:
+            ids[slot] = draw.choice(kind)
+    return Prompt(ids, prompt.slot_ids)
+
+
+def mixed_for(mllm: MLLM) -> list[Request]:
+    """Eight requests of all kinds, as a model reads them."""
+    requests = mixed(mllm.vocabulary)
+    if not mllm.discrete_input:
+        return requests
+    return [
+        replace(request, prompt=as_codes(request.prompt, n), unconditional=as_codes(request.unconditional, n))
+        for n, request in enumerate(requests)
+    ]
+
+
+def mixed(vocabulary: Vocabulary = VOCABULARY) -> list[Request]:
     """Eight requests of all kinds."""
     warm, narrow = SegmentSampling(1.2, top_k=20), SegmentSampling(0.9, 0, 0.9)
     chat = TokenSampling(SegmentSampling(), warm, narrow, guidance=2.0)
     wordy = Request(prompt(70, 9), 90, sizes=CHAT_SIZES, unconditional=prompt(71, 5), sampling=chat, seed=5)
     return [
         Request(prompt(10, 1), 30, sampling=TokenSampling(GREEDY)),
-        Request(prompt(20, 12, (48, 32)), 40, sampling=TokenSampling(SegmentSampling(0.8, 30, 0.95)), seed=4),
-        to_make(30, (32, 48), 2.0),
-        replace(to_make(40, (64, 64), 3.0, semantic=warm), unconditional=None),
-        to_make(50, (48, 32), 1.5, (48, 32), semantic=GREEDY, pixel=GREEDY),
-        to_make(60, (32, 64), 0.5, (64, 32), semantic=narrow, pixel=warm),
+        Request(
+            prompt(20, 12, (48, 32), None, vocabulary),
+            40,
+            sampling=TokenSampling(SegmentSampling(0.8, 30, 0.95)),
+            seed=4,
+        ),
+        to_make(30, (32, 48), 2.0, None, vocabulary),
+        replace(to_make(40, (64, 64), 3.0, None, vocabulary, semantic=warm), unconditional=None),
+        to_make(50, (48, 32), 1.5, (48, 32), vocabulary, semantic=GREEDY, pixel=GREEDY),
+        to_make(60, (32, 64), 0.5, (64, 32), vocabulary, semantic=narrow, pixel=warm),
         wordy,
-        replace(wordy, prompt=prompt(80, 8, (64, 64)), sampling=replace(chat, guidance=1.0), seed=5),
+        replace(
+            wordy,
+            prompt=prompt(80, 8, (64, 64), None, vocabulary),
+            sampling=replace(chat, guidance=1.0),
+            seed=5,
+        ),
     ]
 
 
@@ -119,7 +171,7 @@ def passes(mllm: MLLM) -> list[tuple[int, int]]:
     return shapes
 
 
-def pictures(ids: Sequence[int], sizes: Iterable[Size]) -> list[Size]:
+def pictures(ids: Sequence[int], sizes: Iterable[Size], vocabulary: Vocabulary = VOCABULARY) -> list[Size]:
     """Sizes of the pictures in an answer; all of them are whole, and between them are words."""
     tokens = {VOCABULARY.size_tokens(size): size for size in sizes}
     found, place = [], 0
@@ -128,7 +180,7 @@ def pictures(ids: Sequence[int], sizes: Iterable[Size]) -> list[Size]:
             place += 1
             continue
         size = tokens[ids[place], ids[place + 1]]
-        layout = image_layout(size, VOCABULARY)
+        layout = image_layout(size, vocabulary)
         layout.codes(ids[place + 2 : place + 2 + layout.length])
         found.append(size)
         place += 2 + layout.length
@@ -138,7 +190,7 @@ def pictures(ids: Sequence[int], sizes: Iterable[Size]) -> list[Size]:
 @torch.no_grad()
 def plainly(mllm: MLLM, request: Request) -> list[int]:
     """The answer without a cache, with the head of all ids, masked: what the engine should say."""
-    grammar = Grammar(VOCABULARY, request.layout, request.sizes)
+    grammar = Grammar(mllm.vocabulary, request.layout, request.sizes)
     uniforms = torch.rand(request.budget, generator=torch.Generator().manual_seed(request.seed))
     room_for_picture = 2 + max((image_layout(size, VOCABULARY).length for size in request.sizes), default=0)
     ids: list[int] = []
@@ -175,7 +227,7 @@ def logits(mllm: MLLM, prompt: Prompt, ids: list[int], slot_ids: list[int]) -> T
 
 
 def test_a_batch_is_its_singles_and_equals_plain_passes(mllm: MLLM) -> None:
-    requests = mixed()
+    requests = mixed_for(mllm)
     together = answer(mllm, requests)
     for number, request in enumerate(requests):
         assert answer(mllm, [request], slots=2) == [together[number]], number
@@ -184,9 +236,9 @@ def test_a_batch_is_its_singles_and_equals_plain_passes(mllm: MLLM) -> None:
         requests[number].layout.codes(together[number])
     # Both conversations hold pictures of several sizes, so the second sequence opens and closes on the way.
     for number in (6, 7):
-        assert len(set(pictures(together[number], CHAT_SIZES))) > 1, number
+        assert len(set(pictures(together[number], CHAT_SIZES, mllm.vocabulary))) > 1, number
     # Neither of the two answers in words alone is cut off at once.
-    assert all(len(together[number]) > 5 for number in (0, 1))
+    assert all(len(together[number]) > 3 for number in (0, 1))
     assert len({tuple(ids) for ids in together}) == 8
 
 
@@ -207,6 +259,20 @@ def test_everything_has_an_influence() -> None:
     answers = answer(mllm, others)
     assert all(other != ids for other in answers)
     assert answer(mllm, [request]) == [ids]
+
+
+def test_codes_in_the_place_of_pictures_have_an_influence() -> None:
+    mllm = build(4, discrete_input=True)
+    request = to_make(60, (32, 64), 1.5, (64, 32))
+    codes = [as_codes(request.prompt, seed) for seed in (0, 1)]
+    assert codes[0].ids[:4] == codes[1].ids[:4] and codes[0].ids[-5:] == codes[1].ids[-5:]
+    asked = [
+        replace(request, prompt=prompt, unconditional=codes[0]) for prompt in (codes[0], codes[1], codes[0])
+    ]
+    answers = answer(mllm, asked)
+    assert answers[0] == answers[2] != answers[1]
+    with pytest.raises(ValueError, match="has discrete input: put the pictures' codes into ids"):
+        answer(mllm, [request])
 
 
 def test_twelve_requests_through_few_slots_are_the_same() -> None:

@@ -123,6 +123,21 @@ def test_frozen_towers_build_no_graph(mllm: MLLM) -> None:
     assert gradients["semantic_adapter.0.weight"].abs().sum() > 0
 
 
+def test_discrete_input_is_tokens_and_trains_no_more_than_takes_part() -> None:
+    torch.manual_seed(0)
+    mllm = build_mllm(slot_grid=4, discrete_input=True)
+    batch = pack([DOCUMENTS], length=120) | {"slot_ids": torch.arange(120)[None] % 7}
+    with pytest.raises(ValueError, match="has discrete input: put the pictures' codes into ids, not images"):
+        mllm(**batch)
+    batch["images"] = []
+    loss, _, gradients = step(mllm, batch)
+    idle = ("semantic_", "pixel_")
+    assert gradients.keys() == {name for name, _ in mllm.named_parameters() if not name.startswith(idle)}
+    assert [id(p) for p in mllm.adapter_parameters()] == [id(mllm.slot_embedding.weight)]
+    batch["ids"][0, batch["pixel_slots"][3]] += 1
+    assert step(mllm, batch)[0] != loss
+
+
 @pytest.mark.parametrize("slot_grid", [0, 4])
 def test_without_pictures_every_parameter_still_has_a_gradient(slot_grid: int) -> None:
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Qwen2.5 folders load, and the published layout round-trips."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,15 @@ def test_what_does_not_fit_the_layout_is_named(tmp_path: Path) -> None:
     (tmp_path / "out" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
         load_mllm(build_mllm(), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "options", [{"discrete_input": True}, {"vocabulary": replace(VOCABULARY, pixel_first=True)}]
+)
+def test_ablations_have_no_published_layout(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="discrete_input or pixel_first can't be written"):
+        save_mllm(build_mllm(**options), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_bf16_weights_fill_an_fp32_model(tmp_path: Path) -> None:

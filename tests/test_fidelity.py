@@ -142,7 +142,6 @@ def mllm() -> dict[str, str]:
         "condition dropout": data["condition_dropout"],
         "unconditional prompt": "the release's" if data["release_prompts"] else "masked",
         "slot embedding": "none" if model.slot_embedding is None else "learned",
-        "weight of words": stages[3].text_weight,
         "optimizer of the matrices": "with the others"
         if stages[3]._matrix_optimizer is None
         else "their own",

@@ -11,7 +11,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from illume_lightning.data.packed_batch import PackedBatch
-from illume_lightning.data.token_sequence import SEGMENTS
 from illume_lightning.lit.dualvitok import to_float
 from illume_lightning.lit.lora import LoRA
 from illume_lightning.lit.planned_data import replica
@@ -48,8 +47,6 @@ class MLLMStage(TrainingModule):
         tokenizer: DualViTok run, checkpoint or published file that makes the codes of images to generate, where
             no cache has them, and with discrete input of images to look at.
         z_loss: weight of the squared log-sum-exp, which keeps logits small; 0 turns it off.
-        text_weight: how many times as much a predicted word counts as a code or marker; 1 is the paper's. A picture
-            has as many codes as many answers have words.
         checkpoint_activations: compute the trunk's activations again in the backward pass instead of keeping them.
         compile: compile the trunk.
 
@@ -70,7 +67,6 @@ class MLLMStage(TrainingModule):
         gradient_clip: float = 1.0,
         tokenizer: str | None = None,
         z_loss: float = 0.0,
-        text_weight: float = 1.0,
         checkpoint_activations: bool = False,
         compile: bool = False,
     ) -> None:
@@ -84,7 +80,7 @@ class MLLMStage(TrainingModule):
         self.learning_rates = {**self.rates, **(learning_rates or {})}
         self._optimizer, self._matrix_optimizer = optimizer, matrix_optimizer
         self._lr_scheduler = lr_scheduler
-        self.tokenizer_path, self.z_loss, self.text_weight = tokenizer, z_loss, text_weight
+        self.tokenizer_path, self.z_loss = tokenizer, z_loss
         self._freeze()
         if checkpoint_activations:
             mllm.checkpoint_activations()
@@ -230,8 +226,6 @@ class MLLMStage(TrainingModule):
 
     def _losses(self, batch: PackedBatch, weight: float) -> CrossEntropy:
         ids = self.tokenized(batch)
-        weights = torch.full(batch.target_positions.shape, weight, device=ids.device)
-        weights[batch.segments == SEGMENTS.index("text")] *= self.text_weight
         return self.model(
             ids=ids,
             position_ids=batch.position_ids,
@@ -241,7 +235,7 @@ class MLLMStage(TrainingModule):
             pixel_slots=batch.pixel_slots,
             target_positions=batch.target_positions,
             targets=ids.flatten()[batch.target_positions + 1],
-            weights=weights,
+            weights=torch.full(batch.target_positions.shape, weight, device=ids.device),
             slot_ids=batch.slot_ids,
             z_loss=self.z_loss,
         )

@@ -334,16 +334,6 @@ def test_resume_with_two_optimizers_equals_the_uninterrupted_run(world, tmp_path
         assert torch.equal(second.state_dict()[key], value), key
 
 
-def test_words_can_count_more_than_codes(world, tmp_path):
-    plain, weighted = build(world), build(world, text_weight=3.0)
-    (batch, *_) = batches(data(world, "generation", "understanding"), phases(1), tmp_path)
-    one, other = (module._losses(batch, 1 / batch.num_supervised) for module in (plain, weighted))
-    torch.testing.assert_close(one.token_losses, other.token_losses)
-    words = one.token_losses[batch.segments == SEGMENTS.index("text")].sum()
-    assert 0 < words < one.token_losses.sum()
-    torch.testing.assert_close(other.loss - one.loss, 2 * words / batch.num_supervised)
-
-
 def test_no_matrices_to_optimise(world, tmp_path):
     with pytest.raises(
         ValueError, match="matrix_optimizer is for .* MLLMStage1 does not train: leave it out"

@@ -27,6 +27,7 @@ OPTIONAL = {
     "sklearn": ("sample photographs", "pip install scikit-learn"),
     "pyarrow": ("importing Hugging Face parquet", "pip install pyarrow"),
     "torch_fidelity": ("rFID with the Inception network", "pip install 'illume-lightning[eval]'"),
+    "matplotlib": ("curves in illume report", "pip install 'illume-lightning[report]'"),
     "gradio": ("the web page", "pip install 'illume-lightning[app]'"),
     "torch_npu": ("Ascend NPUs", "install CANN, then pip install 'illume-lightning[npu]'"),
 }

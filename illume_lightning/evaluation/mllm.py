@@ -1,6 +1,5 @@
 """Asking a trained MLLM what held-out conversations ask, and scoring what it says and makes."""
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from illume_lightning.lit.illume import Illume
 from illume_lightning.lit.prompts import Chat, Edit, Generate, Task
 from illume_lightning.lit.reply import Reply
 from illume_lightning.nn.mllm import MLLM
-from illume_lightning.nn.token_sampling import TokenSampling
+from illume_lightning.nn.token_sampling import TokenSampling, drawing_seed
 from illume_lightning.resolution import Size, nearest_ratio
 
 log = logging.getLogger(__name__)
@@ -169,7 +168,7 @@ def _score_pictures(illume: Illume, name: str, wishes: Sequence[Wish], seed: int
 
 
 def _task(illume: Illume, name: str, number: int, wish: Wish, seed: int) -> Task:
-    own = int.from_bytes(hashlib.sha256(f"{seed} {name} {number}".encode()).digest()[:4], "big")
+    own = drawing_seed(seed, name, number)
     if wish.source is not None:
         return Edit(wish.source, wish.prompt, own)
     return Generate(wish.prompt, _size(illume, wish), own)

@@ -5,21 +5,23 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from illume_lightning.lit.prompts import to_tensor
 from illume_lightning.lit.reconstruction_metrics import tower_distance
 from illume_lightning.nn.semantic import SemanticEncoder
 from illume_lightning.resolution import Size
 
-_LEAST_ERROR = 1e-10
-"""Mean squared error that counts as none: 100 dB."""
+_MOST = 100.0
+"""dB of equal pictures, in place of infinity."""
 
 
 def psnr(pictures: Tensor, others: Tensor) -> list[float]:
     """Peak signal-to-noise ratio of each pair in dB, at most 100; (B, 3, H, W) in [-1, 1]."""
-    errors = ((pictures.float() - others.float()) / 2).square().mean((1, 2, 3))
-    return (-10 * errors.clamp_min(_LEAST_ERROR).log10()).tolist()
+    values = peak_signal_noise_ratio(
+        (pictures.float() + 1) / 2, (others.float() + 1) / 2, data_range=1.0, reduction="none", dim=(1, 2, 3)
+    )
+    return values.clamp_max(_MOST).tolist()
 
 
 def ssim(pictures: Tensor, others: Tensor) -> list[float]:

@@ -1,6 +1,5 @@
 """What a tokenizer and a diffusion decoder keep of held-out pictures."""
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from illume_lightning.lit.diffusion_decoder import DiffusionDecoderModule, enlar
 from illume_lightning.lit.dualvitok import to_float, to_uint8
 from illume_lightning.lit.reconstruction_metrics import tower_distance
 from illume_lightning.nn.dualvitok import DualCodes, DualViTok
+from illume_lightning.nn.token_sampling import drawing_seed
 
 SCENE = "scene"
 ORIGINALS = "originals"
@@ -64,14 +64,14 @@ def score_tokenizer(model: DualViTok, data: ImageDataModule) -> Results:
             name: CodebookUsage(q.codebook_size).to(_device(model)) for name, q in model.quantizers.items()
         }
         for batch in batches:
-            images = to_float(batch.images.to(_device(model)))
+            images, scenes = to_float(batch.images.to(_device(model))), _scenes(batch)
             output = model(images)
             pictures = output.reconstruction.float().clamp(-1, 1)
-            _measure(made, pictures, images, _scenes(batch))
-            originals.read(images, _scenes(batch))
+            _measure(made, pictures, images, scenes)
+            originals.read(images, scenes)
             for name, count in usage.items():
                 count.update(getattr(output.encoded.codes, name))
-            _show(results, task, batch, pictures)
+            _show(results, task, batch, pictures, scenes)
         results.scores += _scores(task, made, {}, originals)
         results.scores += _usage_scores(task, usage, len(made.values["psnr"]))
     return results
@@ -89,21 +89,25 @@ def score_diffusion_decoder(module: DiffusionDecoderModule, data: ImageDataModul
     results = Results()
     encoder = module.tokenizer.semantic_encoder
 
-    def measure(collected: _Collected, pictures: Tensor, images: Tensor, batch: ImageBatch) -> None:
-        _measure(collected, pictures, images, _scenes(batch))
+    def measure(
+        collected: _Collected, pictures: Tensor, images: Tensor, scenes: Sequence[Scene | None]
+    ) -> None:
+        _measure(collected, pictures, images, scenes)
         if encoder is not None:
             collected.add("tower_distance", tower_distance(encoder, pictures, images).tolist())
 
     for task, batches in _loaders(data):
         made, dualvitok, originals = _Collected(), _Collected(), _Collected()
         for batch in batches:
-            images = to_float(batch.images.to(_device(module.tokenizer)))
+            images, scenes = to_float(batch.images.to(_device(module.tokenizer))), _scenes(batch)
             codes: DualCodes = module.encode(images)
-            pictures = module.decode(codes, [_seed(seed, task, i) for i in batch.index.tolist()]).float()
-            measure(made, pictures, images, batch)
-            measure(dualvitok, enlarge(module.tokenizer.decode_codes(codes).float()), images, batch)
-            originals.read(images, _scenes(batch))
-            _show(results, task, batch, pictures)
+            pictures = module.decode(
+                codes, [drawing_seed(seed, task, i) for i in batch.index.tolist()]
+            ).float()
+            measure(made, pictures, images, scenes)
+            measure(dualvitok, enlarge(module.tokenizer.decode_codes(codes).float()), images, scenes)
+            originals.read(images, scenes)
+            _show(results, task, batch, pictures, scenes)
         results.scores += _scores(task, made, {DUALVITOK: dualvitok}, originals)
     return results
 
@@ -148,17 +152,18 @@ def _usage_scores(task: str, usage: dict[str, CodebookUsage], n: int) -> list[Sc
     return scores
 
 
-def _show(results: Results, task: str, batch: ImageBatch, pictures: Tensor) -> None:
+def _show(
+    results: Results, task: str, batch: ImageBatch, pictures: Tensor, scenes: Sequence[Scene | None]
+) -> None:
     """Keep a task's first pictures."""
-    missing = SAMPLES_PER_TASK - sum(sample.task == task for sample in results.shown)
-    originals = [Image.fromarray(pixels) for pixels in batch.images.permute(0, 2, 3, 1).numpy()]
-    made = _pixels(pictures[: max(0, missing)])
-    for original, pixels, caption, scene in zip(
-        originals, made, batch.captions, _scenes(batch), strict=False
-    ):
+    first = slice(max(0, SAMPLES_PER_TASK - sum(sample.task == task for sample in results.shown)))
+    originals = batch.images[first].permute(0, 2, 3, 1).numpy()
+    shown = zip(originals, _pixels(pictures[first]), batch.captions[first], scenes[first], strict=True)
+    for given, pixels, caption, scene in shown:
+        original = Image.fromarray(given)
         right = None if scene is None else read_scene(pixels).scene == scene
-        shown = Shown(task, caption, (original,), (Image.fromarray(pixels),), original, right=right)
-        results.shown.append(shown)
+        made = (Image.fromarray(pixels),)
+        results.shown.append(Shown(task, caption, (original,), made, original, right=right))
 
 
 def _scenes(batch: ImageBatch) -> list[Scene | None]:
@@ -178,7 +183,3 @@ def _pixels(pictures: Tensor) -> list[np.ndarray]:
 
 def _device(model: DualViTok) -> torch.device:
     return next(model.parameters()).device
-
-
-def _seed(seed: int, task: str, index: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {task} {index}".encode()).digest()[:4], "big")

@@ -1,7 +1,6 @@
 """What an evaluation finds, and its files: `scores.json`, tables, and pictures of samples."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from illume_lightning.data.part import write_text
 from illume_lightning.evaluation.statistics import Estimate
 
 VERSION = 1
@@ -157,9 +157,7 @@ class ScoreSheet:
 
     def write(self, folder: Path) -> None:
         """Write `scores.json`, in full or not at all."""
-        partial = folder / f"{SCORES}.partial"
-        partial.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n")
-        os.replace(partial, folder / SCORES)
+        write_text(folder / SCORES, json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n")
 
 
 def read_scores(folder: str | Path) -> ScoreSheet | None:

@@ -1,6 +1,5 @@
 """Scores as tables: Markdown to read, LaTeX to print."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -43,11 +42,6 @@ def latex(sheet: ScoreSheet) -> str:
             cells = ("" if number else task, row.name, row.value, row.interval, row.n, row.baselines)
             lines.append(f"{' & '.join(map(_tex, cells))} \\\\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def named(scores: Sequence[Score]) -> dict[str, float]:
-    """Values by `task/name`."""
-    return {f"{score.task}/{score.name}": score.value for score in scores}
 
 
 def _title(sheet: ScoreSheet) -> str:

@@ -17,7 +17,7 @@ from illume_lightning.lit.answers import Answer, failed, picture_names
 from illume_lightning.lit.illume import DecoderName, Illume, Reply
 from illume_lightning.lit.job_lines import Line, image_digests, to_task
 from illume_lightning.lit.prompts import Defaults, Task
-from illume_lightning.nn.token_sampling import TokenSampling
+from illume_lightning.nn.token_sampling import TokenSampling, drawing_seed
 from illume_lightning.resolution import Size
 
 _PICTURE_KINDS = ("prompt", "instruction")
@@ -90,7 +90,7 @@ class Settings:
         """Seed of a line: its own, or one of 32 bits that follows from ``seed`` and its id."""
         if "seed" in line.task:
             return int(line.task["seed"])
-        return int.from_bytes(hashlib.sha256(f"{self.seed} {line.id}".encode()).digest()[:4], "big")
+        return drawing_seed(self.seed, line.id)
 
 
 class Worker:

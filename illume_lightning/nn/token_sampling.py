@@ -1,10 +1,16 @@
 """Drawing the next token from logits: guidance, temperature, top-k, top-p."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def drawing_seed(*names: object) -> int:
+    """A seed of 32 bits for what has these names, such as a run's seed and a line's id: always the same."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, names)).encode()).digest()[:4], "big")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from illume_lightning.data.worlds.shapes import (
     split_of,
 )  # fmt: skip
 from illume_lightning.data.worlds.shapes_conversations import (
-    QUESTIONS_PER_SCENE,
     ConversationsPart,
     SceneOptions,
     draw_example,
@@ -40,7 +39,7 @@ from illume_lightning.data.worlds.shapes_conversations import (
     prepare_shapes_tokenizer,
 )  # fmt: skip
 from illume_lightning.data.worlds.shapes_edits import EditKind, draw_edit, edits
-from illume_lightning.data.worlds.shapes_questions import Question, questions
+from illume_lightning.data.worlds.shapes_questions import Question, informative, questions
 from illume_lightning.data.worlds.shapes_tasks import prepare_shapes_tasks
 
 TASKS: tuple[WorldTask, ...] = get_args(WorldTask)
@@ -87,11 +86,11 @@ def test_answers_are_true(scene: Scene) -> None:
     asked = questions(scene, np.random.default_rng(0))
     assert Counter(question.kind for question in asked) == Counter(
         {
-            "caption": 1, "count": 1, "background": 1, "existence": 1, "content": 4,
+            "caption": 1, "count": 1, "background": 1, "existence": 1 + (len(scene.pairs) > 1), "content": 4,
             "colour": len(scene.objects), "shape": len(scene.objects),
         }
     )  # fmt: skip
-    assert len({question.text for question in asked}) == 8 + 2 * len(scene.objects)
+    assert len({question.text for question in asked}) == 8 + (len(scene.pairs) > 1) + 2 * len(scene.objects)
     for question in asked:
         assert question.answer == by_hand(scene, question), question
 
@@ -108,10 +107,10 @@ def test_existence_is_balanced_and_cannot_be_guessed_from_the_colours() -> None:
     answers, near = [], []
     for index in range(600):
         scene = draw_scene(0, index)
-        (question,) = (each for each in questions(scene, random) if each.kind == "existence")
-        answers.append(question.answer == "yes")
-        words = question.text.rstrip("?").split()
-        near.append(any(thing.colour in words or thing.shape in words for thing in scene.objects))
+        for question in (each for each in questions(scene, random) if each.kind == "existence"):
+            answers.append(question.answer == "yes")
+            words = question.text.rstrip("?").split()
+            near.append(any(thing.colour in words or thing.shape in words for thing in scene.objects))
     assert 0.44 < np.mean(answers) < 0.56
     assert all(near)
 
@@ -273,7 +272,7 @@ def test_several_questions_share_a_picture_or_a_text() -> None:
         for task, opening in (("understanding", "<image>\n"), ("text", f"There is {caption(scene)}.\n")):
             example = draw_example(task, SceneOptions(), index)
             turns = example.conversation.turns
-            assert [turn.role for turn in turns] == ["user", "assistant"] * QUESTIONS_PER_SCENE
+            assert [turn.role for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
             assert turns[0].text.startswith(opening)
             texts = [turn.text.removeprefix(opening) for turn in turns]
             for text, answer in zip(texts[::2], texts[1::2], strict=True):
@@ -281,6 +280,22 @@ def test_several_questions_share_a_picture_or_a_text() -> None:
             asked = {each.text: each.kind for each in questions(scene, np.random.default_rng(0))}
             kinds = [asked.get(text, "existence") for text in texts[::2]]
             assert list(example.kinds) == kinds
+
+
+def test_no_question_is_answered_by_those_before() -> None:
+    firsts = set()
+    for index in range(40):
+        (scene,) = draw_example("understanding", SceneOptions(), index).scenes
+        asked = informative(questions(scene, np.random.default_rng(index)))
+        about = [question.place for question in asked if question.place]
+        assert sorted(about) == sorted(PLACES)  # each once
+        assert all(question.place in question.text for question in asked if question.place)
+        assert [question.kind for question in asked].index("caption") == len(asked) - 1
+        assert Counter(question.kind for question in asked if not question.place) == {
+            "count": 1, "background": 1, "existence": 1 + (len(scene.pairs) > 1), "caption": 1,
+        }  # fmt: skip
+        firsts.add(asked[0].kind)
+    assert firsts == {"count", "background", "existence", "content", "colour", "shape"}
 
 
 def test_one_object_share() -> None:

@@ -25,13 +25,9 @@ from illume_lightning.data.worlds.conversations import (
 from illume_lightning.data.worlds.prepare_shapes import check_options, part_indices, picture_sizes
 from illume_lightning.data.worlds.shapes import PLACES, UNSEEN_PAIRS, Scene, caption, draw_scene, render
 from illume_lightning.data.worlds.shapes_edits import EditKind, draw_edit
-from illume_lightning.data.worlds.shapes_questions import questions
+from illume_lightning.data.worlds.shapes_questions import informative, questions
 from illume_lightning.data.writer import write_stores
 from illume_lightning.resolution import Size
-
-QUESTIONS_PER_SCENE = 6
-"""Questions of a conversation. A few of all there are: after some of them the rest could be answered from what was
-said, and nothing would be learned from the picture."""
 
 _TOKENIZER_SCENES = 500
 _ATTEMPT = 2**40  # how far apart the numbers of the scenes are that a record may have
@@ -98,10 +94,9 @@ def converse(scene: Scene, task: WorldTask, random: np.random.Generator) -> Exam
     """A conversation about a scene, of any task but editing."""
     kinds: tuple[str, ...]
     if task in ("understanding", "text"):
-        asked = questions(scene, random)
+        asked = informative(questions(scene, random))
         if task == "text":  # the caption is there already
             asked = [question for question in asked if question.kind != "caption"]
-        asked = asked[:QUESTIONS_PER_SCENE]
         kinds = tuple(question.kind for question in asked)
         pairs = [(question.text, question.answer) for question in asked]
         said = question_conversation(task, caption(scene), pairs)

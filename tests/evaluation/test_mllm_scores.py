@@ -87,12 +87,10 @@ def test_questions_stand_alone_and_kinds_come_equally_often(world):
         assert "<image>" not in question.text
     counts = Counter(question.kind for question in questions)
     assert set(counts) == {"caption", "count", "background", "existence", "content", "colour", "shape"}
-    # A conversation has some of the kinds only: of those that are rare in all most are taken.
+    assert max(counts.values()) - min(counts.values()) <= 2
     store = ConversationStore(world / "understanding")
     asked = Counter(kind for index in range(COUNT) for kind in json.loads(store.read(index).meta)["kinds"])
-    for kind in ("caption", "count", "background"):
-        assert counts[kind] > 0.75 * asked[kind]
-    assert counts["content"] < 0.6 * asked["content"]
+    assert asked["content"] > 1.5 * asked["colour"]
 
 
 def test_questions_about_a_caption_keep_it_and_what_was_answered(world):

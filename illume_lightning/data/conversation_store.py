@@ -16,6 +16,7 @@ import numpy as np
 from illume_lightning.data.chat import render
 from illume_lightning.data.conversation import Conversation, Turn
 from illume_lightning.data.part import Sample
+from illume_lightning.data.remote import Remote
 from illume_lightning.data.store import CONVERSATIONS, ROWS, Store
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.resolution import Size
@@ -40,15 +41,16 @@ class ConversationStore(Store):
     Opening reads no record. The store can be handed to `DataLoader` workers.
 
     Args:
-        path: Folder of the store, on a local or mounted file system.
+        path: See `Store`.
+        remote: See `Store`.
 
     Raises:
-        FileNotFoundError: If the folder, its manifest or one of its files is missing.
+        FileNotFoundError: See `Store`, as for other errors of the file system.
         ValueError: If files of the folder contradict one another, or it holds something else.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: str | Path, remote: Remote = Remote()) -> None:
+        super().__init__(path, remote)
         kind = self.manifest.identity.get("kind")
         if kind != CONVERSATIONS:
             raise ValueError(

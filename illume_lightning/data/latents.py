@@ -1,6 +1,6 @@
 """Codes and latents made before training: what a store of them holds, and batches of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,10 @@ class PlannedLatents:
     def __init__(self, stores: Sequence[ImageStore]) -> None:
         self.stores = list(stores)
 
+    def records(self, items: Sequence[PlanItem]) -> Iterator[tuple[ImageStore, int]]:
+        """Store and number of every record of a batch."""
+        return ((self.stores[item.dataset], item.index) for item in items)
+
     def read(self, items: Sequence[PlanItem], images: Tensor | None = None) -> LatentBatch:
         """Read a batch of items that have one size; ``images`` is not used.
 
@@ -68,7 +72,7 @@ class PlannedLatents:
             size = tuple(store.sizes[item.index].tolist())
             if size != item.size:
                 raise ValueError(
-                    f"{store.path} holds latents of {size[0]} x {size[1]} where the phase asks for "
+                    f"{store.location} holds latents of {size[0]} x {size[1]} where the phase asks for "
                     f"{item.size[0]} x {item.size[1]} (height x width); prepare latents with the phase's mode and side"
                 )
             records.append(store.read(item.index))

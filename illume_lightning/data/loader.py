@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from illume_lightning.data.ahead import fetch_ahead, look_ahead
 from illume_lightning.data.plan import PlanItem
+from illume_lightning.data.remote import RemoteFile
 from illume_lightning.data.schedule import Schedule, SizeMode
 from illume_lightning.data.slots import InlineTensor, SharedSlots
 from illume_lightning.data.store import ImageStore, Store
@@ -85,6 +87,10 @@ class PlannedImages:
         self.seed = seed
         self.horizontal_flip = horizontal_flip
 
+    def records(self, items: Sequence[PlanItem]) -> Iterator[tuple[ImageStore, int]]:
+        """Store and number of every record of a batch."""
+        return ((self.stores[item.dataset], item.index) for item in items)
+
     def read(self, items: Sequence[PlanItem], images: Tensor | None = None) -> ImageBatch:
         """Read a batch of items that have one size.
 
@@ -123,7 +129,7 @@ def decode_stored(
         return decode_at(data, size, stretch=stretch, flip=flip)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(
-            f"an image of record {index} of {store.path} cannot be decoded ({error}); copy the store again or "
+            f"an image of record {index} of {store.location} cannot be decoded ({error}); copy the store again or "
             "prepare it again"
         ) from error
 
@@ -214,7 +220,7 @@ class BatchLoader:
         if self.num_workers and self.reader.writes_images:
             # Beside those read ahead, training holds the present batch and Lightning the next.
             slots = SharedSlots(self.num_workers * self.prefetch + 3, self.max_bytes)
-        batches: Any = _slotted(self.batches, slots)  # torch's type knows lists only
+        batches: Any = _slotted(look_ahead(self.reader, self.batches), slots)  # torch's type knows lists only
         loader: DataLoader[Any] = DataLoader(
             _SlottedReader(self.reader, slots),
             batch_sampler=batches,
@@ -226,7 +232,10 @@ class BatchLoader:
             pin_memory=self.pin_memory,
             worker_init_fn=_start_worker,
         )
-        yield from loader
+        try:
+            yield from loader
+        except (OSError, ValueError) as error:
+            raise _as_raised(error) from error
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -238,8 +247,9 @@ class _SlottedReader(Dataset[Any]):
     def __init__(self, reader: Reader, slots: SharedSlots | None) -> None:
         self.reader, self.slots = reader, slots
 
-    def __getitems__(self, batch: tuple[Any, int | None]) -> Any:
-        items, slot = batch
+    def __getitems__(self, batch: tuple[Any, tuple[RemoteFile, ...], int | None]) -> Any:
+        items, soon, slot = batch
+        fetch_ahead(soon)
         if self.slots is None or slot is None:
             return self.reader.read(items)
         shape = batch_shape(items)
@@ -249,9 +259,11 @@ class _SlottedReader(Dataset[Any]):
         return read._replace(images=self.slots.hand_over(slot, shape), **small)
 
 
-def _slotted(batches: _SizedBatches, slots: SharedSlots | None) -> Iterator[tuple[Any, int | None]]:
-    for items in batches:
-        yield items, slots.take(math.prod(batch_shape(items))) if slots else None
+def _slotted(
+    batches: Iterable[tuple[Any, tuple[RemoteFile, ...]]], slots: SharedSlots | None
+) -> Iterator[tuple[Any, tuple[RemoteFile, ...], int | None]]:
+    for items, soon in batches:
+        yield items, soon, slots.take(math.prod(batch_shape(items))) if slots else None
 
 
 class PlanLoader(BatchLoader):
@@ -353,6 +365,15 @@ def deal_batches(
 
 def _start_worker(number: int) -> None:
     keep_freed_memory()  # decoding needs the same blocks over and over
+
+
+def _as_raised(error: OSError | ValueError) -> Exception:
+    """The error that a worker raised; torch makes one with the worker's whole traceback as its message."""
+    head, separator, _ = str(error).partition("\nOriginal Traceback")
+    if not separator or not head.startswith("Caught "):
+        return error
+    *_, last = str(error).strip().splitlines()
+    return type(error)(last.partition(": ")[2])
 
 
 def _as_it_is(batch: Any) -> Any:

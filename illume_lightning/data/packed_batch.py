@@ -1,7 +1,7 @@
 """Batches of packed conversations: ids, places of images, and what is to be predicted."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from illume_lightning.data.conversation_store import ConversationStore
 from illume_lightning.data.loader import decode_stored
 from illume_lightning.data.packing import MicroBatchItems, PackItem, SizedImage, image_size
 from illume_lightning.data.schedule import Phase
+from illume_lightning.data.store import Store
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.token_cache import TokenCache
 from illume_lightning.data.token_sequence import Cells, TokenSequence, token_sequence
@@ -77,6 +78,10 @@ class ConversationData(NamedTuple):
     store: ConversationStore
     caches: Sequence[TokenCache] = ()
 
+    def cache(self, phase: Phase) -> TokenCache | None:
+        """The one for a phase; none if there is none."""
+        return next((cache for cache in self.caches if cache.fits(phase)), None)
+
 
 class PackedConversations:
     """Reads the rows that a plan names.
@@ -109,6 +114,20 @@ class PackedConversations:
         self.seed = seed
         self.condition_dropout, self.release_prompts = condition_dropout, release_prompts
 
+    @property
+    def stores(self) -> list[Store]:
+        """All that it reads from."""
+        return [store for data in self.data for store in (data.store, *data.caches)]
+
+    def records(self, items: MicroBatchItems) -> Iterator[tuple[Store, int]]:
+        """Store and number of every record of a batch."""
+        for item in (item for row in items.rows for item in row):
+            data = self.data[item.dataset]
+            yield data.store, item.index
+            cache = data.cache(self.phases[item.phase])
+            if cache is not None:
+                yield from ((cache, number) for number in cache.numbers(item.index))
+
     def read(self, items: MicroBatchItems, images: Tensor | None = None) -> PackedBatch:
         """Read a micro-batch; ``images`` is not used.
 
@@ -132,7 +151,7 @@ class PackedConversations:
     def _sample(self, item: PackItem) -> "_Sample":
         data, phase = self.data[item.dataset], self.phases[item.phase]
         record = data.store.read(item.index)
-        cache = next((cache for cache in data.caches if cache.fits(phase)), None)
+        cache = data.cache(phase)
         conversation, shown = record.conversation, tuple(range(len(record.images)))
         if self._is_unconditional(item, conversation):
             conversation, shown = unconditional(conversation, self.release_prompts)

@@ -3,18 +3,21 @@
 A store is a folder with LitData chunks and their `index.json`, `sizes.npy` (int32 (N, 2), rows of height
 and width) and `manifest.json`; stores of conversations have `rows.npz` too. LitData has no checksums: a
 flipped byte in a chunk silently changes one image. The manifest therefore holds a sha256 for each chunk,
-checked by `Store.verify`.
+checked by `Store.verify`. A store may lie on this machine or far away (`remote`).
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from illume_lightning.data.remote import Remote, RemoteFile, copy_manifest, is_remote
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -115,17 +118,30 @@ class Store:
     lazily, once per process, so a store can be handed to `DataLoader` workers.
 
     Args:
-        path: Folder of the store, on a local or mounted file system.
+        path: Folder of the store, on a local or mounted file system, or its address, "s3://..." or "gs://...".
+        remote: How a store far away is read.
 
     Raises:
         FileNotFoundError: If the folder, its manifest or one of its files is missing.
+        PermissionError: If credentials for a store far away are missing or refused.
+        ConnectionError: If it cannot be reached.
         ValueError: If files of the folder contradict one another.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, remote: Remote = Remote()) -> None:
+        self.location = str(path).rstrip("/")
+        """The folder or address that was given."""
+        self._remote = remote if is_remote(path) else None
+        self.path = (
+            Path(path) if self._remote is None else copy_manifest(self.location, MANIFEST, self._remote)
+        )
+        """The folder on this machine; of a store far away, that of the copies."""
         self.manifest = _read_manifest(self.path)
-        _check_files(self.path, self.manifest)
+        if self._remote is None:
+            _check_files(self.path, self.manifest)
+        else:
+            self._fetch_small_files(self._remote)
+        _check_index(self.path, self.manifest)
         self.sizes: np.ndarray = np.load(self.path / SIZES)
         """Height and width of each image in pixels, int32 (N, 2)."""
         if self.sizes.shape != (self.manifest.written, 2):
@@ -148,7 +164,11 @@ class Store:
     def _record(self, index: int) -> Record:
         """One record; IndexError if the index is out of range."""
         if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {self.path}, which has {len(self)}")
+            raise IndexError(f"record {index} of {self.location}, which has {len(self)}")
+        with self._held(int(self.chunk_ids[index])):
+            return self._read(index)
+
+    def _read(self, index: int) -> Record:
         # A forked worker must not share file positions with its parent.
         if self._stream is None or self._process != os.getpid():
             from litdata import StreamingDataset
@@ -159,20 +179,47 @@ class Store:
         image, caption, meta = (bytes(field) for field in self._stream[int(index)])
         return Record(image, caption.decode(), meta.decode())
 
+    def remote_chunk(self, index: int) -> RemoteFile | None:
+        """The chunk of a record; none if the store is on this machine."""
+        return self._remote_file(int(self.chunk_ids[index]))
+
+    def _remote_file(self, chunk_id: int) -> RemoteFile | None:
+        if self._remote is None:
+            return None
+        chunk = self.manifest.chunks[chunk_id]
+        url, path = f"{self.location}/{chunk.filename}", self.path / chunk.filename
+        return RemoteFile(url, path, self._remote, chunk.num_bytes, chunk.sha256)
+
+    def _held(self, chunk_id: int) -> AbstractContextManager[None]:
+        """A chunk on this machine, as long as this is entered."""
+        file = self._remote_file(chunk_id)
+        return nullcontext() if file is None else file.held()
+
+    def _fetch_small_files(self, remote: Remote) -> None:
+        largest = max((chunk.num_bytes for chunk in self.manifest.chunks), default=0)
+        if remote.num_bytes < 2 * largest:
+            raise ValueError(
+                f"remote.cache_gigabytes is {remote.cache_gigabytes:g}, and chunks of {self.location} have up to "
+                f"{largest / 10**9:g} GB; at least two of them must fit"
+            )
+        has_rows = self.manifest.identity.get("kind") == CONVERSATIONS
+        for name in (INDEX, SIZES, *([ROWS] if has_rows else [])):
+            RemoteFile(f"{self.location}/{name}", self.path / name, remote).fetch()
+
     def verify(self) -> None:
         """Read every chunk and compare its sha256 with the manifest.
 
         Raises:
             ValueError: If chunks differ; the message names them.
         """
-        broken = [
-            chunk.filename
-            for chunk in self.manifest.chunks
-            if sha256(self.path / chunk.filename) != chunk.sha256
-        ]
+        broken = []
+        for number, chunk in enumerate(self.manifest.chunks):
+            with self._held(number):
+                if sha256(self.path / chunk.filename) != chunk.sha256:
+                    broken.append(chunk.filename)
         if broken:
             raise ValueError(
-                f"{len(broken)} of {len(self.manifest.chunks)} chunks of {self.path} differ from {MANIFEST}: "
+                f"{len(broken)} of {len(self.manifest.chunks)} chunks of {self.location} differ from {MANIFEST}: "
                 f"{', '.join(broken[:5])}; copy these files again or prepare the store again"
             )
 
@@ -181,15 +228,16 @@ class ImageStore(Store):
     """The records of a store of pictures, or of what was made from them, by index.
 
     Args:
-        path: Folder of the store, on a local or mounted file system.
+        path: See `Store`.
+        remote: See `Store`.
 
     Raises:
-        FileNotFoundError: If the folder, its manifest or one of its files is missing.
+        FileNotFoundError: See `Store`, as for other errors of the file system.
         ValueError: If files of the folder contradict one another, or it holds conversations.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: str | Path, remote: Remote = Remote()) -> None:
+        super().__init__(path, remote)
         if self.manifest.identity.get("kind") == CONVERSATIONS:
             raise ValueError(
                 f"{path} holds conversations where pictures are expected; `illume prepare images` makes "
@@ -253,6 +301,10 @@ def _check_files(path: Path, manifest: Manifest) -> None:
                 f"{path / chunk.filename} has {num_bytes} bytes instead of {chunk.num_bytes}; "
                 "copy the file again or prepare the store again"
             )
+
+
+def _check_index(path: Path, manifest: Manifest) -> None:
+    """Hold LitData's list of chunks against the manifest."""
     index = json.loads((path / INDEX).read_text())
     listed = [(chunk["filename"], chunk["chunk_size"]) for chunk in index["chunks"]]
     if listed != [(chunk.filename, chunk.num_items) for chunk in manifest.chunks]:

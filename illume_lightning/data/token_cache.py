@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from illume_lightning.data.conversation_store import ConversationStore
+from illume_lightning.data.remote import Remote
 from illume_lightning.data.schedule import Phase
 from illume_lightning.data.store import Store
 from illume_lightning.resolution import grids
@@ -25,14 +26,15 @@ class TokenCache(Store):
     Args:
         path: folder that `illume prepare tokens` wrote.
         conversations: the store that it was made from.
+        remote: how codes far away are read.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it was made from other conversations, or is no token cache.
     """
 
-    def __init__(self, path: str | Path, conversations: ConversationStore) -> None:
-        super().__init__(path)
+    def __init__(self, path: str | Path, conversations: ConversationStore, remote: Remote = Remote()) -> None:
+        super().__init__(path, remote)
         identity = self.manifest.identity
         if identity["kind"] != KIND:
             raise ValueError(
@@ -40,8 +42,8 @@ class TokenCache(Store):
             )
         if identity["source"] != conversations.manifest.fingerprint:
             raise ValueError(
-                f"the codes in {path} were made from other conversations than {conversations.path}; prepare them again "
-                "with `illume prepare tokens`"
+                f"the codes in {path} were made from other conversations than {conversations.location}; prepare them "
+                "again with `illume prepare tokens`"
             )
         self.tokenizer_fingerprint: str = identity["tokenizer"]
         """Of the tokenizer that made the codes."""
@@ -55,6 +57,13 @@ class TokenCache(Store):
     def fits(self, phase: Phase) -> bool:
         """Whether the pictures that a phase generates have these sizes."""
         return phase.generating == self._phase
+
+    def numbers(self, record: int) -> range:
+        """Numbers of the records that hold a conversation's codes."""
+        first, last = self._first_image[[record, record + 1]]
+        count = int(self._is_target[first:last].sum())
+        start = int(self._number[first]) + (not self._is_target[first]) if count else 0
+        return range(start, start + count)
 
     def codes(self, record: int, image: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Semantic and pixel codes, row by row; none for an image that is only input.
@@ -86,13 +95,13 @@ def check_caches(caches: Sequence[TokenCache], codebooks: dict[str, int]) -> str
     for cache in caches:
         if cache.codebooks != codebooks:
             raise ValueError(
-                f"the codes in {cache.path} come from codebooks of {_text(cache.codebooks)} codes, the "
+                f"the codes in {cache.location} come from codebooks of {_text(cache.codebooks)} codes, the "
                 f"vocabulary has {_text(codebooks)}: set semantic_codes and pixel_codes to the tokenizer's, or prepare "
                 "the codes with the right one"
             )
     found = {cache.tokenizer_fingerprint for cache in caches}
     if len(found) > 1:
-        names = ", ".join(f"{cache.path}: {cache.tokenizer_fingerprint[:12]}" for cache in caches)
+        names = ", ".join(f"{cache.location}: {cache.tokenizer_fingerprint[:12]}" for cache in caches)
         raise ValueError(f"the caches were made by several tokenizers ({names}); prepare them with one")
     return found.pop() if found else None
 

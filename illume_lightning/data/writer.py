@@ -2,22 +2,20 @@
 
 The work is a list of parts. Everything happens in `<output>.partial`; a process killed at any instant
 loses the parts it was in, and the same command does only what is missing. At the end the whole folder is
-renamed to `<output>`. Names and content depend on the parts alone, so any number of workers and any
-number of interruptions give the same bytes.
+renamed to `<output>`. Names and content depend on the parts alone, so any number of workers, shards and
+interruptions give the same bytes. Shards are jobs that write some of the parts each into one working folder;
+`merge_shards` does what is left at the end.
 """
 
-import errno
-import fcntl
 import json
 import logging
 import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -35,6 +33,7 @@ from illume_lightning.data.part import (
     write_part,
     write_text,
 )  # fmt: skip
+from illume_lightning.data.shard import current_shard
 from illume_lightning.data.store import (
     CONVERSATIONS,
     INDEX,
@@ -47,11 +46,9 @@ from illume_lightning.data.store import (
     Manifest,
     find_stores,
 )
+from illume_lightning.data.working_folder import DIVISION, IDENTITY, difference, divide, working_folder
 
 log = logging.getLogger(__name__)
-
-IDENTITY = "identity.json"
-LOCK = "lock"
 
 
 def write_stores(
@@ -67,7 +64,7 @@ def write_stores(
     """Write one store, or one for each split, and make the folder appear when it is complete.
 
     If `output` is there already and has the same identity, nothing is done. If an earlier call was
-    interrupted, this one continues it.
+    interrupted, this one continues it. Within `shard.divided`, only one shard's parts are written.
 
     Args:
         output: The folder to make. With splits, the stores are its subfolders.
@@ -79,7 +76,7 @@ def write_stores(
         overwrite: Replace a store, or an interrupted preparation, that has another identity.
 
     Returns:
-        The manifest of each store, by split.
+        The manifest of each store, by split; none for a shard, unless all is complete already.
 
     Raises:
         ValueError: If the output holds something else, or a store would stay empty.
@@ -92,19 +89,91 @@ def write_stores(
         )
     output = Path(output)
     identity = json.loads(json.dumps({**identity, "splits": splits, "chunk_megabytes": chunk_megabytes}))
+    shard = current_shard()
     finished = _finished(output, identity, overwrite)
     if finished:
         log.info("%s is complete already; nothing to do", output)
         return finished
     todo = parts()
     work = output.with_name(output.name + PARTIAL_SUFFIX)
-    with _locked(work), _clear_disk_errors(work):
-        _claim(work, identity, overwrite)
-        _write_parts(work, todo, splits, chunk_megabytes * 10**6, num_workers)
-        manifests = _finish(work, len(todo), splits, identity)
-        if output.exists():
-            os.replace(output, work / PARTS / "replaced")
-        os.replace(work, output)
+    with working_folder(work, identity, overwrite=overwrite, shard=shard) as is_continued:
+        if shard is None and is_continued:
+            log.info("continuing the interrupted preparation in %s", work)
+        if shard is not None:
+            divide(work, shard, len(todo), _packages())
+        mine = {number: part for number, part in enumerate(todo) if shard is None or shard.has(number)}
+        _write_parts(work, mine, splits, chunk_megabytes * 10**6, num_workers)
+        if shard is not None:
+            log.info(
+                "shard %s of %s is finished, with %d of %d parts; when all shards are, run `illume prepare merge %s`",
+                *(shard, output, len(mine), len(todo), output),
+            )
+            return {}
+        return _complete(work, output, len(todo), identity)
+
+
+def merge_shards(output: str | Path, *, overwrite: bool = False) -> dict[str, Manifest]:
+    """Join what the shards of a preparation wrote; the result is what one job would have written, byte for byte.
+
+    Args:
+        output: The folder that the shards were given.
+        overwrite: Replace a store that was made from other inputs or with other options.
+
+    Returns:
+        The manifest of each store, by its folder's name below `output`.
+
+    Raises:
+        FileNotFoundError: If there are no shards.
+        ValueError: If shards are missing, named in the message, or `output` holds something else.
+        RuntimeError: If shards are still at work.
+    """
+    output = Path(output)
+    below = sorted(output.rglob("*" + PARTIAL_SUFFIX)) if output.is_dir() else []
+    works = [work for work in (output.with_name(output.name + PARTIAL_SUFFIX), *below) if work.is_dir()]
+    if not works and not any(output.rglob(MANIFEST)):
+        raise FileNotFoundError(
+            f"there are no shards of {output}; write them with `illume prepare ... {output} --shard 0/8` and so on"
+        )
+    if not works:
+        log.info("%s is complete already; nothing to do", output)
+        for leftover in output.rglob(f"{PARTS}/{IDENTITY}"):
+            shutil.rmtree(leftover.parent)  # of a merge that was killed between the rename and the clean-up
+    for work in works:  # of several stores none is joined where one is not finished
+        _check_division(work)
+    manifests: dict[str, Manifest] = {}
+    for work in works:
+        target = work.with_name(work.name.removesuffix(PARTIAL_SUFFIX))
+        identity = json.loads((work / PARTS / IDENTITY).read_text())
+        with working_folder(work, identity, overwrite=False, shard=None):
+            num_parts = _check_division(work)
+            finished = _finished(target, identity, overwrite)
+            made = finished or _complete(work, target, num_parts, identity)
+        folders = () if target == output else target.relative_to(output).parts
+        manifests |= {"/".join(filter(None, (*folders, split))): made[split] for split in made}
+    return manifests
+
+
+def _check_division(work: Path) -> int:
+    """Number of parts of a preparation that shards have finished."""
+    path = work / PARTS / DIVISION
+    if not path.is_file():
+        raise ValueError(f"{work} was not begun by shards; run the command that began it again to finish it")
+    division = json.loads(path.read_text())
+    count, num_parts = division["number of shards"], division["number of parts"]
+    missing = [number for number in range(num_parts) if not record_path(work, number).is_file()]
+    if missing:
+        shards = Counter(number % count for number in missing)
+        names = ", ".join(f"{index}/{count} ({shards[index]} parts)" for index in sorted(shards))
+        raise ValueError(f"{work} lacks what these shards write: {names}; run them, then merge again")
+    return num_parts
+
+
+def _complete(work: Path, output: Path, num_parts: int, identity: dict[str, Any]) -> dict[str, Manifest]:
+    """Make stores of a working folder whose parts are all done, and put them in place."""
+    manifests = _finish(work, num_parts, tuple(identity["splits"]), identity)
+    if output.exists():
+        os.replace(output, work / PARTS / "replaced")
+    os.replace(work, output)
     shutil.rmtree(output / PARTS)
     for split, manifest in manifests.items():
         num_dropped = sum(loss.count for loss in manifest.dropped.values())
@@ -127,7 +196,7 @@ def _finished(output: Path, identity: dict[str, Any], overwrite: bool) -> dict[s
     if not overwrite:
         raise ValueError(
             f"{output} was prepared from other inputs or with other options "
-            f"({_difference(found, identity)}); choose another output, or pass overwrite=True to replace it"
+            f"({difference(found, identity)}); choose another output, or pass overwrite=True to replace it"
         )
     own = {store / name for store in stores for name in (INDEX, SIZES, ROWS, MANIFEST)}
     own |= {store / chunk.filename for store, manifest in stores.items() for chunk in manifest.chunks}
@@ -137,74 +206,17 @@ def _finished(output: Path, identity: dict[str, Any], overwrite: bool) -> dict[s
     return None
 
 
-def _claim(work: Path, identity: dict[str, Any], overwrite: bool) -> None:
-    """Take the working folder for this identity: empty, or with parts that are done."""
-    path = work / PARTS / IDENTITY
-    found = json.loads(path.read_text()) if path.is_file() else None
-    has_parts = any((work / PARTS).glob("[0-9]*.json"))
-    # The old identity goes last: without it, nothing here would be known as ours.
-    kept = (PARTS, LOCK, IDENTITY, IDENTITY + SCRATCH_SUFFIX)
-    children = [child for child in [*work.iterdir(), *(work / PARTS).iterdir()] if child.name not in kept]
-    if found is None and children:
-        raise ValueError(f"{children[0]} was made by no preparation; move it, or choose another output")
-    if found == identity:
-        log.info("continuing the interrupted preparation in %s", work)
-        return
-    if has_parts and not overwrite:
-        raise ValueError(
-            f"{work} is an interrupted preparation from other inputs or with other options "
-            f"({_difference(found or {}, identity)}); "
-            "choose another output, or pass overwrite=True to start again"
-        )
-    for child in children:
-        shutil.rmtree(child) if child.is_dir() else child.unlink()
-    write_text(path, json.dumps(identity, indent=2))
-
-
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first entry in which two identities differ, for a message."""
-    key = next(key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key))
-    return f"{key} was {str(found.get(key))[:80]}, is now {str(wanted.get(key))[:80]}"
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Hold the working folder for this process; the system lets go when the process ends, however it ends."""
-    (work / PARTS).mkdir(parents=True, exist_ok=True)
-    with (work / PARTS / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(
-                f"another process is writing {work}; wait for it or choose another output"
-            ) from error
-        yield
-
-
-@contextmanager
-def _clear_disk_errors(work: Path) -> Iterator[None]:
-    """Say what to do when the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        message = (
-            f"no space left for {work}; finished parts are kept: free some and run the same command again"
-        )
-        raise OSError(error.errno, message) from error
-
-
 def _write_parts(
-    work: Path, parts: Sequence[Part], splits: tuple[str, ...], chunk_bytes: int, num_workers: int
+    work: Path, parts: Mapping[int, Part], splits: tuple[str, ...], chunk_bytes: int, num_workers: int
 ) -> None:
     """Write all parts that are not done yet, in this process or in workers, under one progress bar."""
     from tqdm import tqdm
 
-    for leftover in (work / PARTS).glob("*" + SCRATCH_SUFFIX):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    todo = {number: part for number, part in enumerate(parts) if not record_path(work, number).is_file()}
-    total = sum(part.num_items for part in parts)
+    for leftover in (work / PARTS).glob("[0-9]*" + SCRATCH_SUFFIX):
+        if int(leftover.name.split(".")[0]) in parts:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    todo = {number: part for number, part in parts.items() if not record_path(work, number).is_file()}
+    total = sum(part.num_items for part in parts.values())
     done = total - sum(part.num_items for part in todo.values())
     with tqdm(total=total, initial=done, unit="input", desc=work.stem, disable=None) as progress:
         if num_workers == 0:
@@ -271,7 +283,6 @@ def _finish_store(folder: Path, entries: list[dict[str, Any]], identity: dict[st
     ]
     config, *others = [entry["config"] for entry in entries if entry["config"]]
     assert all(other == config for other in others)
-    packages = {name: version(name) for name in ("litdata", "numpy", "pillow")}
     manifest = Manifest(
         written=len(sizes),
         dropped=_sum_dropped(entries),
@@ -279,7 +290,7 @@ def _finish_store(folder: Path, entries: list[dict[str, Any]], identity: dict[st
         sizes=_summary(sizes),
         chunks=tuple(chunks),
         identity=identity,
-        packages={"illume-lightning": __version__, **packages},
+        packages=_packages(),
     )
     np.save(folder / SIZES, sizes)
     _save_rows(folder / ROWS, entries)
@@ -289,6 +300,13 @@ def _finish_store(folder: Path, entries: list[dict[str, Any]], identity: dict[st
     write_text(folder / INDEX, json.dumps(index, sort_keys=True))
     write_text(folder / MANIFEST, manifest.to_json())
     return manifest
+
+
+def _packages() -> dict[str, str]:
+    """Versions of what decides the bytes of stores."""
+    return {"illume-lightning": __version__} | {
+        name: version(name) for name in ("litdata", "numpy", "pillow")
+    }
 
 
 def _save_rows(path: Path, entries: list[dict[str, Any]]) -> None:

@@ -100,7 +100,7 @@ def read_held_out(store: ConversationStore, limit: int) -> HeldOut:
         log.warning(
             "%s: %d of %d conversations ask for pictures in other words than Illume.generate and Illume.edit do, and "
             "are left out",
-            store.path,
+            store.location,
             found.left_out,
             count,
         )

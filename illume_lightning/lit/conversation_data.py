@@ -12,6 +12,7 @@ from illume_lightning.data.conversation_store import ConversationStore
 from illume_lightning.data.loader import BatchLoader
 from illume_lightning.data.packed_batch import ConversationData, PackedConversations
 from illume_lightning.data.packing import ConversationSource, PackPlan, evaluation_batches
+from illume_lightning.data.remote import Remote
 from illume_lightning.data.schedule import Phase, SizeMode
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.token_cache import TokenCache, check_caches
@@ -29,7 +30,7 @@ class Conversations:
     """A store of conversations."""
 
     path: str
-    """Folder of the store."""
+    """Folder of the store, or its address, "s3://..." or "gs://..."."""
 
     weight: float = 1.0
     """Share of the training samples, relative to the other tasks' weights, whatever the stores' sizes."""
@@ -91,6 +92,7 @@ class ConversationDataModule(PlannedDataModule):
         pin_memory: page-locked batches, where there is an accelerator.
         shuffle_window: see `Plan`.
         seed: of the order and the condition's dropout.
+        remote: how stores in s3:// and gs:// are read.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -116,8 +118,9 @@ class ConversationDataModule(PlannedDataModule):
         pin_memory: bool = True,
         shuffle_window: int = 4096,
         seed: int = 0,
+        remote: Remote = Remote(),
     ) -> None:
-        super().__init__(num_workers, prefetch, pin_memory, shuffle_window, seed)
+        super().__init__(num_workers, prefetch, pin_memory, shuffle_window, seed, remote)
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"condition_dropout {condition_dropout} is no probability; choose 0 to 1")
         for name, value in (("row_tokens", row_tokens), ("val_limit", val_limit), ("val_rows", val_rows)):
@@ -245,14 +248,14 @@ class ConversationDataModule(PlannedDataModule):
 
     def _open(self, task: Conversations) -> ConversationData:
         if task.path not in self._data:
-            store = open_store(ConversationStore, task.path)
+            store = open_store(ConversationStore, task.path, self.remote)
             if store.text_tokenizer != self.text_tokenizer.fingerprint:
                 raise ValueError(
                     f"{task.path} was prepared with another text tokenizer ({store.text_tokenizer[:12]}) than "
                     f"{self.text_tokenizer.folder} ({self.text_tokenizer.fingerprint[:12]}): lengths would differ; "
                     "prepare it again with this one"
                 )
-            caches = [TokenCache(path, store) for path in task.tokens]
+            caches = [TokenCache(path, store, self.remote) for path in task.tokens]
             self._data[task.path] = ConversationData(store, caches)
         return self._data[task.path]
 

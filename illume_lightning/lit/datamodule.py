@@ -20,6 +20,7 @@ from illume_lightning.data.loader import (
     evaluation_items,
 )
 from illume_lightning.data.plan import DatasetSource, Phase, Plan
+from illume_lightning.data.remote import Remote
 from illume_lightning.data.store import ImageStore
 from illume_lightning.lit.planned_data import PlannedDataModule, open_store, replica
 from illume_lightning.resolution import PIXEL_STRIDE, check_size
@@ -34,7 +35,7 @@ class Source:
     """A store to train on."""
 
     path: str
-    """Folder of the store."""
+    """Folder of the store, or its address, "s3://..." or "gs://..."."""
 
     weight: float = 1.0
     """Share of the training samples, relative to the other sources' weights, whatever the stores' sizes."""
@@ -63,6 +64,7 @@ class ImageDataModule(PlannedDataModule):
         pin_memory: page-locked batches, where there is an accelerator.
         shuffle_window: samples of a store among which the order is fully random, see `Plan`.
         seed: of the order and the augmentation.
+        remote: how stores in s3:// and gs:// are read.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -86,8 +88,9 @@ class ImageDataModule(PlannedDataModule):
         pin_memory: bool = True,
         shuffle_window: int = 4096,
         seed: int = 0,
+        remote: Remote = Remote(),
     ) -> None:
-        super().__init__(num_workers, prefetch, pin_memory, shuffle_window, seed)
+        super().__init__(num_workers, prefetch, pin_memory, shuffle_window, seed, remote)
         if not 0 <= horizontal_flip <= 1:
             raise ValueError(f"horizontal_flip {horizontal_flip} is no probability; choose 0 to 1")
         for name, value in (("val_batch_size", val_batch_size), ("val_limit", val_limit)):
@@ -184,7 +187,7 @@ class ImageDataModule(PlannedDataModule):
 
     def _store(self, path: str) -> ImageStore:
         if path not in self._stores:
-            self._stores[path] = open_store(ImageStore, path)
+            self._stores[path] = open_store(ImageStore, path, self.remote)
         return self._stores[path]
 
     def _fingerprint(self) -> str:

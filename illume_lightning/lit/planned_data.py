@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import lightning as L
 
 from illume_lightning.data.loader import BatchLoader, PlanBatches, PlanLoader, Reader, StepPlan
+from illume_lightning.data.remote import Remote
 from illume_lightning.data.schedule import Phase
 from illume_lightning.data.store import Store
 
@@ -27,14 +28,21 @@ class PlannedDataModule(L.LightningDataModule):
         pin_memory: page-locked batches, where there is an accelerator.
         shuffle_window: samples of a store among which the order is fully random, see `Plan`.
         seed: of the order and the augmentation.
+        remote: how stores in s3:// and gs:// are read.
     """
 
     def __init__(
-        self, num_workers: int, prefetch: int, pin_memory: bool, shuffle_window: int, seed: int
+        self,
+        num_workers: int,
+        prefetch: int,
+        pin_memory: bool,
+        shuffle_window: int,
+        seed: int,
+        remote: Remote = Remote(),
     ) -> None:
         super().__init__()
         self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
-        self.shuffle_window, self.seed = shuffle_window, seed
+        self.shuffle_window, self.seed, self.remote = shuffle_window, seed, remote
         self.val_names: list[str] = []
         """Names of the evaluation loaders made last, in order."""
         self._phases: tuple[Phase, ...] | None = None
@@ -114,19 +122,20 @@ class PlannedDataModule(L.LightningDataModule):
         }
 
 
-def open_store(kind: type[_Store], path: str) -> _Store:
+def open_store(kind: type[_Store], path: str, remote: Remote = Remote()) -> _Store:
     """A store with something in it.
 
     Args:
         kind: its class.
-        path: its folder.
+        path: its folder or address.
+        remote: how it is read, if it is not on this machine.
 
     Raises:
         FileNotFoundError: if there is none; says how to make one.
         ValueError: if it is empty.
     """
     try:
-        store = kind(path)
+        store = kind(path, remote)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} (`illume prepare` makes stores)") from error
     if not len(store):

@@ -54,11 +54,11 @@ def prepare_shapes_tasks(
         )
     for task in train:
         check_task(task)
-    made = {}
+    made: dict[str, Manifest] = {}
     for task, count in train.items():
         for split in SPLITS:
             is_train = split == "train"
-            (made[f"{task}/{split}"],) = prepare_shapes_conversations(
+            stores = prepare_shapes_conversations(
                 Path(output) / task / split,
                 tokenizer=tokenizer,
                 task=task,
@@ -72,5 +72,6 @@ def prepare_shapes_tasks(
                 one_object_share=one_object_share if is_train else 0.0,
                 num_workers=num_workers,
                 overwrite=overwrite,
-            ).values()
+            )
+            made |= {f"{task}/{split}": manifest for manifest in stores.values()}
     return made

@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 class ExactResume(L.Callback):
     """Saves the state of every random number generator of every process, and restores it on resuming.
 
-    Python's, numpy's and torch's generators, and the accelerator's (`torch.get_device_module`). The state is
-    restored right before the first training batch, after everything else that draws numbers at the start.
+    Python's, numpy's and torch's generators, and that of the device that the run trains on. The state is restored
+    right before the first training batch, after everything else that draws numbers at the start.
     Validation is taken out in the same way: what it draws does not change training, so it makes no
     difference how often a run is validated, or whether it is killed before a validation or after.
 
@@ -26,10 +26,15 @@ class ExactResume(L.Callback):
         self._saved: list[dict[str, Any]] = []
         self._latest: dict[str, Any] | None = None
         self._pending: dict[str, Any] | None = None
+        self._device = "cpu"
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Note which device draws."""
+        self._device = trainer.strategy.root_device.type
 
     def state_dict(self) -> dict[str, Any]:
         """The generators of all processes; every process has to call it."""
-        mine = self._pending or _capture()
+        mine = self._pending or _capture(self._device)
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return {"ranks": [mine]}
         ranks: list[Any] = [None] * torch.distributed.get_world_size()
@@ -59,14 +64,14 @@ class ExactResume(L.Callback):
     ) -> None:
         """Restore the generators, after a resume or a validation."""
         if self._pending is not None:
-            _restore(self._pending)
+            _restore(self._pending, self._device)
             self._pending = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remember the generators, as a validation's loaders draw from them before anyone is told of it."""
-        self._latest = _capture()
+        self._latest = _capture(self._device)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mark the generators as those to go on with."""
@@ -74,7 +79,7 @@ class ExactResume(L.Callback):
             self._pending = self._latest
 
 
-def _capture() -> dict[str, Any]:
+def _capture(device: str) -> dict[str, Any]:
     """All generators of this process, in types that a `weights_only` load accepts."""
     numpy_state: Any = np.random.get_state()
     name, keys, *rest = numpy_state
@@ -83,25 +88,24 @@ def _capture() -> dict[str, Any]:
         "numpy": [name, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
     }
-    device = _device_module()
-    if device is not None:
-        state["device"] = device.get_rng_state()
+    module = _device_module(device)
+    if module is not None:
+        state |= {"device": module.get_rng_state(), "device_type": device}
     return state
 
 
-def _restore(state: dict[str, Any]) -> None:
+def _restore(state: dict[str, Any], device: str) -> None:
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    device = _device_module()
-    if device is not None and "device" in state:
-        device.set_rng_state(state["device"])
+    module = _device_module(device)
+    # Another kind of device draws by another rule.
+    if module is not None and state.get("device_type") == device:
+        module.set_rng_state(state["device"])
 
 
-def _device_module() -> Any:
-    """`torch.cuda`, `torch.npu`, ... of the accelerator in this machine; none where there is no generator."""
-    if not torch.accelerator.is_available():
-        return None
-    module = torch.get_device_module(torch.accelerator.current_accelerator())
+def _device_module(device: str) -> Any:
+    """`torch.cuda`, `torch.npu`, ...; none of the CPU, and where there is no generator."""
+    module = None if device == "cpu" else torch.get_device_module(device)
     return module if hasattr(module, "get_rng_state") else None

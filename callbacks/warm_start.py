@@ -18,7 +18,7 @@ class WarmStart(L.Callback):
     nothing there.
 
     Args:
-        checkpoint: file of an earlier stage, or published weights.
+        checkpoint: of an earlier stage, a file or a folder of FSDP2's, or published weights.
         prefixes: prefix in the file -> prefix in the module; every weight of the module under the second
             comes from the first. The empty prefix stands for everything. Prefixes of Lightning checkpoints
             count from inside their ``model``.
@@ -37,7 +37,7 @@ class WarmStart(L.Callback):
         """
         if stage != "fit" or trainer.ckpt_path is not None:
             return
-        if not Path(self.checkpoint).is_file():
+        if not Path(self.checkpoint).exists():
             raise FileNotFoundError(
                 f"WarmStart: no checkpoint at {self.checkpoint}: run the stage that writes it first, or set "
                 "the callback's checkpoint."

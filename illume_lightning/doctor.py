@@ -36,7 +36,22 @@ COMPROMISED = {"lightning": ("2.6.2", "2.6.3")}
 
 def report() -> str:
     """Versions, devices, caches and missing parts, as text of a few dozen lines."""
+    try:
+        import torch  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        return "\n".join([*_versions(), "", *_broken_torch(error), "", *_missing()]) + "\n"
     return "\n".join([*_versions(), "", *_devices(), "", *_weights_and_caches(), "", *_missing()]) + "\n"
+
+
+def _broken_torch(error: BaseException) -> list[str]:
+    cause = "" if error.__cause__ is None else f" ({error.__cause__})"
+    lines = ["Devices", f"  torch can't be imported: {error}{cause}"]
+    if importlib.util.find_spec("torch_npu") is not None:
+        lines.append(
+            "  torch imports torch_npu, which needs CANN: install it, and `source set_env.sh` in its folder, or pip "
+            "uninstall torch_npu (TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from it, but not transformers)"
+        )
+    return lines
 
 
 def _versions() -> list[str]:
@@ -67,9 +82,20 @@ def _devices() -> list[str]:
         lines.append(f"  cuda:{index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
         lines.append("  cuda: none visible to torch (driver, or CUDA_VISIBLE_DEVICES)")
-    has_npu = importlib.util.find_spec("torch_npu") is not None
-    lines.append(f"  npu: {'torch_npu installed' if has_npu else 'torch_npu not installed'}")
-    return lines
+    return [*lines, *_npus()]
+
+
+def _npus() -> list[str]:
+    from illume_lightning.lit import npu
+
+    try:
+        module, number = npu.load(), npu.count()
+    except (ImportError, ValueError) as error:
+        return [f"  npu: none; {error}"]
+    found = [module.get_device_properties(index) for index in range(number)]
+    return [
+        f"  npu:{i}: {device.name}, {device.total_memory / 2**30:.0f} GiB" for i, device in enumerate(found)
+    ]
 
 
 def _weights_and_caches() -> list[str]:

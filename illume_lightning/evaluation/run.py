@@ -19,8 +19,9 @@ from illume_lightning.evaluation.scores import Part, Results, ScoreSheet, read_s
 from illume_lightning.evaluation.tables import latex, markdown
 from illume_lightning.lit.conversation_data import ConversationDataModule, Conversations
 from illume_lightning.lit.datamodule import ImageDataModule
+from illume_lightning.lit.device import choose_device
 from illume_lightning.lit.diffusion_decoder import load_diffusion_decoder
-from illume_lightning.lit.illume import Illume, choose_device
+from illume_lightning.lit.illume import Illume
 from illume_lightning.lit.planned_data import open_store
 from illume_lightning.lit.saved_run import SavedRun
 from illume_lightning.lit.tokenizer import load_tokenizer

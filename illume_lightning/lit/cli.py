@@ -12,6 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from illume_lightning.host_memory import keep_freed_memory
+from illume_lightning.lit.npu_strategies import trainer_options
+from illume_lightning.lit.strategy import check_config
 
 
 class IllumeCLI(LightningCLI):
@@ -61,14 +63,20 @@ class IllumeCLI(LightningCLI):
 
     def instantiate_classes(self, *args: Any, **options: Any) -> None:
         """Build model, data and trainer; on a CPU also set its memory up."""
+        check_config(self.config[str(self.subcommand)], str(self.subcommand))  # before anything is built
         super().instantiate_classes(*args, **options)
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
 
+    def instantiate_trainer(self, **options: Any) -> L.Trainer:
+        """The trainer, on NPUs where they are asked for; the saved configuration keeps what was asked."""
+        given = self._get(self.config_init, "trainer")
+        return super().instantiate_trainer(**(options | trainer_options(given)))
+
     def before_fit(self) -> None:
         """Continue an interrupted run."""
         last = self._last_checkpoint()
-        if self._given_checkpoint() is None and last.is_file():
+        if self._given_checkpoint() is None and last.exists():
             self.config_init["fit"]["ckpt_path"] = str(last)
 
     def before_validate(self) -> None:
@@ -88,7 +96,7 @@ class IllumeCLI(LightningCLI):
     def _require_checkpoint(self, command: str) -> None:
         if self._given_checkpoint() is None:
             last = self._last_checkpoint()
-            if not last.is_file():
+            if not last.exists():
                 raise FileNotFoundError(
                     f"no checkpoint at {last}: run `illume fit` first, or give --ckpt_path."
                 )
@@ -96,7 +104,7 @@ class IllumeCLI(LightningCLI):
 
     def _given_checkpoint(self) -> str | None:
         given = self.config_init[str(self.subcommand)].get("ckpt_path")
-        if given not in (None, "best", "last", "hpc") and not Path(given).is_file():
+        if given not in (None, "best", "last", "hpc") and not Path(given).exists():
             raise FileNotFoundError(f"--ckpt_path: no file {given}.")
         return given
 
@@ -118,5 +126,8 @@ def _quieten() -> None:
         ".*Couldn't infer the batch indices.*",  # nothing asks for them
         ".*WeightAveraging state cannot be restored.*",  # the averaged weights are the checkpoint's
         ".*in eval mode at the start of training.*",  # frozen parts are
+        ".*using the WeightAveraging callback with a model that overrides.*",  # its hook shards, or does nothing
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are synchronised by themselves
+        ".*GradScaler is enabled, but CUDA is not available.*",  # an NPU gets its own
     ):
         warnings.filterwarnings("ignore", message)

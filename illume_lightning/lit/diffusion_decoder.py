@@ -16,6 +16,7 @@ from illume_lightning.lit.datamodule import ImageBatch
 from illume_lightning.lit.dualvitok import to_float, to_uint8
 from illume_lightning.lit.reconstruction_metrics import Distance, PictureMetrics, tower_distance
 from illume_lightning.lit.saved_run import SavedRun
+from illume_lightning.lit.sharding import shard
 from illume_lightning.lit.tokenizer import check_cached_codes, check_maker, fingerprint, load_tokenizer
 from illume_lightning.lit.training import TrainingModule
 from illume_lightning.nn.condition import ConditionNoise, check_codes, replace_codes
@@ -116,6 +117,11 @@ class DiffusionDecoderModule(TrainingModule):
         self.fixed["tokenizer"] = tokenizer
         self.fingerprint = fingerprint(tokenizer)
 
+    def configure_model(self) -> None:
+        """Share the UNet out over devices, where the strategy is FSDP2."""
+        unet = self.model.unet
+        shard(self, unet, [*unet.down_blocks, unet.mid_block, *unet.up_blocks])
+
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
         """The UNet's optimizer, and its schedule where there is one."""
         optimizer = self._optimizer(self.model.unet.parameters())
@@ -158,11 +164,12 @@ class DiffusionDecoderModule(TrainingModule):
         with torch.no_grad():
             codes, latents = self._codes_and_latents(batch)
             self.require_finite({"latents": latents}, batch)
-            codes = self.noise.replace(codes, self.tokenizer)
-            features = self.noise.drop(self.tokenizer.code_features(codes), self.tokenizer)
-        loss = self.model.loss(latents, features).mean()
+            draws = self.draws(batch)
+            codes = self.noise.replace(codes, self.tokenizer, draws)
+            features = self.noise.drop(self.tokenizer.code_features(codes), self.tokenizer, draws)
+        loss = self.model.loss(latents, features, draws).mean()
         self.require_finite({"loss": loss}, batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(latents))
+        self.log_means({"train/loss": loss}, on_bar=("train/loss",))
         self.descend(loss)
 
     def _codes_and_latents(self, batch: ImageBatch | LatentBatch) -> tuple[DualCodes, Tensor]:

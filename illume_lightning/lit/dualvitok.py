@@ -129,7 +129,7 @@ class DualViTokModule(TrainingModule):
         """One micro-batch; the optimizers step at the last one of a training step."""
         images = to_float(batch.images)
         optimizers = self.all_optimizers()
-        output = self.model(images, self._latent_noise())
+        output = self.model(images, self._latent_noise(), self.draws(batch))
         # Before the discriminator sees it: a NaN would stay in its running statistics.
         self.require_finite({"reconstruction": output.reconstruction}, batch)
         adversarial = self.discriminator is not None and self.loss.is_adversarial(self.global_step)
@@ -143,22 +143,29 @@ class DualViTokModule(TrainingModule):
                 perceptual=self.fixed.get("perceptual"),
                 fake_logits=logits,
                 last_layer=self.model.pixel_decoder.last_layer,
+                average=self.average,
             )
+        loss, idle = terms["loss"], self._idle_parameters(adversarial)
+        if self.discriminator is not None and adversarial:
+            fake = output.reconstruction.detach()
+            terms |= self.loss.discriminator(self.discriminator(images), self.discriminator(fake))
+            # Neither reaches the other's parameters; one backward pass of both is one exchange between devices.
+            loss = loss + terms["discriminator_loss"]
         self.require_finite(terms, batch)
-        self.manual_backward(terms["loss"] / self.accumulation)
-        if adversarial:
-            terms |= self._discriminator_backward(images, output.reconstruction.detach(), batch)
-        self._log_training(terms, output, images.shape[0])
+        self.backward_micro_batch(loss, idle)
+        self._log_training(terms, output)
         if self.is_last_micro_batch:
             self.step_optimizers(optimizers if adversarial else optimizers[:1])
             self.step_schedules()
 
-    def _discriminator_backward(self, images: Tensor, fake: Tensor, batch: ImageBatch) -> dict[str, Tensor]:
-        assert self.discriminator is not None
-        terms = self.loss.discriminator(self.discriminator(images), self.discriminator(fake))
-        self.require_finite(terms, batch)
-        self.manual_backward(terms["discriminator_loss"] / self.accumulation)
-        return terms
+    def _idle_parameters(self, adversarial: bool) -> list[nn.Parameter]:
+        """Trained parameters that have no part in this step's losses."""
+        idle: list[nn.Module] = []
+        if self.discriminator is not None and not adversarial:
+            idle.append(self.discriminator)
+        if self._latent_noise() is not None:
+            idle.extend(self.model.quantizers.values())
+        return [parameter for module in idle for parameter in module.parameters() if parameter.requires_grad]
 
     def _latent_noise(self) -> float | None:
         start = self.codebook_start
@@ -171,16 +178,16 @@ class DualViTokModule(TrainingModule):
         for images in self.trainer.datamodule.sample_images(start.batches):
             latents, _ = self.model.latents(to_float(images.to(self.device)))
             for name, values in gathered.items():
-                values.append(latents[name].float().permute(0, 2, 3, 1).flatten(0, 2))
+                # In the order that one device has them in.
+                tokens = latents[name].float().permute(0, 2, 3, 1).flatten(0, 2)
+                values.append(self.all_gather(tokens).flatten(0, -2))
         self.model.train()
         for name, quantizer in self.model.quantizers.items():
-            features = self.all_gather(torch.cat(gathered[name])).flatten(0, -2)
-            quantizer.initialise_codebook(features, generator=torch.Generator().manual_seed(0))
+            quantizer.initialise_codebook(torch.cat(gathered[name]), torch.Generator().manual_seed(0))
 
-    def _log_training(self, terms: dict[str, Tensor], output: DualViTokOutput, batch_size: int) -> None:
-        for name, value in terms.items():
-            on_bar = name in ("loss", "pixel_loss")
-            self.log(f"train/{name}", value, prog_bar=on_bar, batch_size=batch_size)
+    def _log_training(self, terms: dict[str, Tensor], output: DualViTokOutput) -> None:
+        named = {f"train/{name}": value for name, value in terms.items()}
+        self.log_means(named, on_bar=("train/loss", "train/pixel_loss"))
         if self._latent_noise() is None:
             codes = output.encoded.codes
             for name, usage in self._usage.items():

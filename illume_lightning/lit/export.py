@@ -23,6 +23,7 @@ from illume_lightning.nn.checkpoints import save_dualvitok
 from illume_lightning.nn.diffusion_decoder import DiffusionDecoder, save_decoder
 from illume_lightning.nn.mllm import MLLM
 from illume_lightning.nn.mllm_checkpoints import save_mllm
+from illume_lightning.nn.sharded_checkpoint import read_rest
 from illume_lightning.vocabulary import Vocabulary
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -73,7 +74,7 @@ def _write_mllm(run: SavedRun, folder: Path, dtype: torch.dtype | None) -> None:
     mllm = load_run(run)
     merge_lora(mllm.trunk)
     data = run.section("data", "init_args")
-    saved = torch.load(run.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    saved = read_rest(run.checkpoint)
     settings = {
         **sizes_of(Phase(**run.section("curriculum", "phases")[-1])),
         "release_prompts": bool(data.get("release_prompts")),

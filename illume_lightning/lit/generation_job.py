@@ -15,7 +15,8 @@ import torch
 from illume_lightning.data.writer import end_with_parent
 from illume_lightning.host_memory import keep_freed_memory
 from illume_lightning.lit.answers import RECORDS, AnswerFolder
-from illume_lightning.lit.illume import Illume, choose_device
+from illume_lightning.lit.device import choose_device
+from illume_lightning.lit.illume import Illume
 from illume_lightning.lit.job_lines import Line
 from illume_lightning.lit.worker import Drawing, Settings, Worker
 

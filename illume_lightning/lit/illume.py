@@ -16,6 +16,7 @@ from illume_lightning.data.schedule import Phase
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.token_sequence import Codes
 from illume_lightning.image_layout import image_layout
+from illume_lightning.lit.device import choose_device
 from illume_lightning.lit.diffusion_decoder import DiffusionDecoderModule
 from illume_lightning.lit.dualvitok import to_uint8
 from illume_lightning.lit.parts import load_decoders, load_published, load_run, place
@@ -377,10 +378,3 @@ def sizes_of(phase: Phase) -> dict[str, Any]:
     is_square = making.mode == "fixed"
     sizes = [(making.side, making.side)] if is_square else ratio_sizes(making.side, making.size_step)
     return {"sizes": sizes, "max_side": phase.side}
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the first accelerator that torch knows here, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

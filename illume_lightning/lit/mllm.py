@@ -14,6 +14,7 @@ from illume_lightning.data.packed_batch import PackedBatch
 from illume_lightning.lit.dualvitok import to_float
 from illume_lightning.lit.lora import LoRA
 from illume_lightning.lit.planned_data import replica
+from illume_lightning.lit.sharding import shard
 from illume_lightning.lit.token_metrics import TokenMetrics
 from illume_lightning.lit.tokenizer import check_cached_codes, check_maker, fingerprint, load_tokenizer
 from illume_lightning.lit.training import TrainingModule
@@ -87,6 +88,7 @@ class MLLMStage(TrainingModule):
         if compile:
             mllm.trunk.compile()
         self._metrics: dict[str, TokenMetrics] = {}
+        self._training_metrics: dict[str, TokenMetrics] = {}
         self.tokenizer_fingerprint: str | None = None
         """Of the tokenizer that made the codes; none where there are no pictures to generate."""
 
@@ -101,6 +103,14 @@ class MLLMStage(TrainingModule):
         for parameters in self.parts().values():
             for parameter in parameters:
                 parameter.requires_grad_(True)
+
+    def configure_model(self) -> None:
+        """Share the weights out over devices, where the strategy is FSDP2: every block of trunk and ViT by itself.
+
+        Embedding, head, adapters and pixel encoder are not blocks: the loss needs the tables as a whole, and the
+        pixel encoder runs once for each size of pictures, of which devices have different ones.
+        """
+        shard(self, self.model, [*self.model.trunk.layers, *self.model.semantic_encoder.blocks])
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
         """One optimizer with a group for every trained part, and the matrices' own where there is one.
@@ -219,7 +229,8 @@ class MLLMStage(TrainingModule):
         shares = self.accumulation * replica(self.trainer)[1]
         output = self._losses(batch, shares / batch.num_supervised)
         self.require_finite({"loss": output.loss}, batch)
-        self.log("train/loss", output.token_losses.mean(), prog_bar=True, batch_size=len(batch.index))
+        mean = output.token_losses.sum() * (shares / batch.num_supervised)
+        self.log_means({"train/loss": mean}, on_bar=("train/loss",))
         if self.global_step % self.trainer.log_every_n_steps == 0:
             self._log_tasks(output, batch)
         self.descend(output.loss)
@@ -271,18 +282,20 @@ class MLLMStage(TrainingModule):
         return ids.view_as(batch.ids)
 
     def _log_tasks(self, output: CrossEntropy, batch: PackedBatch) -> None:
-        metrics = TokenMetrics().to(self.device)
-        for number, name in enumerate(self.trainer.datamodule.train_names):
-            metrics.reset()
+        names = self.trainer.datamodule.train_names
+        if self.micro_batch == 0:
+            self._training_metrics = {name: TokenMetrics().to(self.device) for name in names}
+        for number, name in enumerate(names):
             chosen = batch.tasks == number
-            metrics.update(
+            self._training_metrics[name].update(
                 output.token_losses[chosen],
                 output.is_correct[chosen],
                 batch.segments[chosen],
                 batch.answers[chosen],
             )
-            for key, value in metrics.compute().items():
-                self.log(f"train/{name}/{key}", value)
+            if self.is_last_micro_batch:
+                for key, value in self._training_metrics[name].compute().items():
+                    self.log(f"train/{name}/{key}", value)
 
     # -- evaluation ------------------------------------------------------------------------------------------
 
@@ -385,6 +398,7 @@ class MLLMStage3(MLLMStage):
         if self.lora is not None and not LoRA.parameters(self.model.trunk):
             self.lora.put_into(self.model.trunk)
             self._freeze()
+        super().configure_model()
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Adapters; trunk, embedding and head, or LoRA; the end of the ViT and of the pixel encoder."""

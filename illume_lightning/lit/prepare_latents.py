@@ -57,6 +57,7 @@ def prepare_latents(
     from illume_lightning.data.schedule import Phase
     from illume_lightning.data.writer import write_stores
     from illume_lightning.host_memory import keep_freed_memory
+    from illume_lightning.lit.device import choose_device
     from illume_lightning.lit.latent_cache import LatentEncoder, LatentPart
     from illume_lightning.lit.tokenizer import fingerprint, load_tokenizer
     from illume_lightning.nn.latents import SpaceToDepth, VAELatents
@@ -66,7 +67,8 @@ def prepare_latents(
         keep_freed_memory()
     pictures = ImageStore(store)
     latents = VAELatents(vae) if vae is not None else SpaceToDepth(space_to_depth or 1)
-    encoder = LatentEncoder(load_tokenizer(tokenizer).to(device), latents.to(device), device)
+    place = choose_device(device)
+    encoder = LatentEncoder(load_tokenizer(tokenizer).to(place), latents.to(place), device)
     phase = Phase(1, mode, side, 1, 1, size_step=2 * PIXEL_STRIDE)
     identity = {
         "kind": KIND, "source": pictures.manifest.fingerprint, "mode": mode, "side": side,

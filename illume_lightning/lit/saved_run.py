@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from illume_lightning.nn.checkpoints import check_state_dict, read_state_dict
+from illume_lightning.nn.sharded_checkpoint import is_sharded
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -16,7 +17,7 @@ CONFIG = "config.yaml"
 
 
 class SavedRun:
-    """A run's folder, one of its checkpoints, or weights beside a configuration.
+    """A run's folder, one of its checkpoints, sharded or not, or weights beside a configuration.
 
     Args:
         path: the folder, a file in its folder ``checkpoints``, or a file with ``config.yaml`` beside it.
@@ -28,10 +29,11 @@ class SavedRun:
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         beside = path.parent if (path.parent / CONFIG).is_file() else path.parent.parent
-        self.folder, self.checkpoint = (path, path / LAST) if path.is_dir() else (beside, path)
+        is_run = path.is_dir() and not is_sharded(path)
+        self.folder, self.checkpoint = (path, path / LAST) if is_run else (beside, path)
         config = self.folder / CONFIG
         for file in (self.checkpoint, config):
-            if not file.is_file():
+            if not (file.is_file() or is_sharded(file)):
                 raise FileNotFoundError(
                     f"{path} is no run: {file} is missing; give the folder of a run of `illume fit`, or one of its "
                     "checkpoints"

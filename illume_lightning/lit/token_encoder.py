@@ -16,6 +16,7 @@ from illume_lightning.data.part import Lost, Sample
 from illume_lightning.data.schedule import Phase
 from illume_lightning.data.token_cache import pack_codes
 from illume_lightning.data.transform import decode_at
+from illume_lightning.lit.device import choose_device
 from illume_lightning.lit.dualvitok import to_float
 from illume_lightning.lit.tokenizer import fingerprint, load_tokenizer
 from illume_lightning.nn.dualvitok import DualViTok
@@ -50,7 +51,7 @@ class TokenEncoder:
 
 @lru_cache(maxsize=1)
 def _load(tokenizer: str, device: str) -> DualViTok:
-    network = load_tokenizer(tokenizer).to(device)
+    network = load_tokenizer(tokenizer).to(choose_device(device))
     missing = {"semantic", "pixel"} - set(network.quantizers)
     if missing:
         raise ValueError(

@@ -9,6 +9,7 @@ from torch import nn
 from illume_lightning.lit.saved_run import SavedRun
 from illume_lightning.nn.checkpoints import build_official, load_dualvitok
 from illume_lightning.nn.dualvitok import DualViTok
+from illume_lightning.nn.sharded_checkpoint import read_rest
 
 PUBLISHED = "pytorch_model.bin"
 
@@ -76,7 +77,7 @@ def check_maker(checkpoint: Path, tokenizer: nn.Module) -> None:
     Raises:
         ValueError: names both.
     """
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    saved = read_rest(checkpoint)
     maker, own = saved.get("tokenizer_fingerprint"), fingerprint(tokenizer)
     if maker not in (None, own):
         raise ValueError(

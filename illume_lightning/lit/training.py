@@ -1,21 +1,32 @@
 """What every trained part shares: training steps by the curriculum's count, clipping, and a NaN sentinel."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
+from illume_lightning.lit.processes import EndTogether
+from illume_lightning.nn.batch_norm import count_over_devices
 from illume_lightning.nn.checkpoints import check_state_dict
+from illume_lightning.nn.draws import SampleDraws
 
 
 class TrainingModule(L.LightningModule):
     """Manual optimisation, in which ``trainer.max_steps``, ``global_step`` and schedules count training steps.
 
-    A training step has as many micro-batches as the phase's batch size needs on this number of devices.
+    A training step has as many micro-batches as the phase's batch size needs on this number of devices. Several
+    devices do what one does with the same samples at once: gradients are means over devices, which all have equally
+    many samples; batch norm counts over all of them; what is logged is a mean over all of them.
+
+    Plain ``ddp`` is enough: every trained parameter gets a gradient in every backward pass, so DDP need not look for
+    unused ones (``find_unused_parameters`` would go through the graph of every micro-batch).
 
     Args:
         gradient_clip: largest gradient norm of each optimizer's parameters; 0 turns clipping off.
@@ -31,6 +42,7 @@ class TrainingModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.gradient_clip = gradient_clip
+        self._sums: dict[str, Tensor] = {}
         # Fixed networks stay out of the module tree: they have no place in checkpoints, DDP or EMA.
         self.fixed = FixedNetworks()
 
@@ -46,10 +58,63 @@ class TrainingModule(L.LightningModule):
 
     def descend(self, loss: Tensor) -> None:
         """Backward of a micro-batch, and with the last one the step of all optimizers and their schedules."""
-        self.manual_backward(loss / self.accumulation)
+        self.backward_micro_batch(loss)
         if self.is_last_micro_batch:
             self.step_optimizers(self.all_optimizers())
             self.step_schedules()
+
+    def backward_micro_batch(self, loss: Tensor, idle: Iterable[nn.Parameter] = ()) -> None:
+        """Backward of a micro-batch; under DDP devices exchange gradients with the training step's last one only.
+
+        Args:
+            loss: of this micro-batch.
+            idle: trained parameters that it does not depend on; they have no gradient afterwards either.
+        """
+        idle = list(idle)
+        if idle and self.trainer.world_size > 1:
+            # DDP waits for a gradient of each; zeros are one.
+            loss = loss + 0 * torch.stack([parameter.sum() for parameter in idle]).sum()
+        strategy = self.trainer.strategy
+        is_silent = isinstance(strategy, ParallelStrategy) and not self.is_last_micro_batch
+        with strategy.block_backward_sync() if is_silent else nullcontext():
+            self.manual_backward(loss / self.accumulation)
+        for parameter in idle:
+            parameter.grad = None
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """Mean over devices of a tensor without gradient, which every device has to ask for."""
+        return self.trainer.strategy.reduce(tensor, reduce_op="mean")
+
+    def gather_texts(self, texts: list[str]) -> list[str]:
+        """All devices' texts, in the order of the devices; every device has to ask for them."""
+        if self.trainer.world_size == 1:
+            return texts
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, texts)
+        return [text for some in gathered for text in some]
+
+    def draws(self, batch: Any) -> SampleDraws:
+        """Generators of a batch's samples, by the data's seed and their ``sample_number``."""
+        return SampleDraws(getattr(self.trainer.datamodule, "seed", 0), batch.sample_number.tolist())
+
+    def log_means(self, values: Mapping[str, Tensor], on_bar: Collection[str] = ()) -> None:
+        """Log scalars of a micro-batch as means over the training step: over its micro-batches and all devices.
+
+        Devices exchange them once per training step, all in one tensor.
+
+        Args:
+            values: by name; the same names in every micro-batch of a step and on every device.
+            on_bar: names that the progress bar shows.
+        """
+        if self.micro_batch == 0:
+            self._sums = {}
+        for name, value in values.items():
+            share = value.detach().float() / self.accumulation
+            self._sums[name] = self._sums[name] + share if name in self._sums else share
+        if self.is_last_micro_batch:
+            means = self.average(torch.stack(list(self._sums.values())))
+            for name, mean in zip(self._sums, means, strict=True):
+                self.log(name, mean, prog_bar=name in on_bar)
 
     def step_optimizers(self, optimizers: Sequence[LightningOptimizer]) -> None:
         """One training step by one or several optimizers, whose gradients are there."""
@@ -82,6 +147,8 @@ class TrainingModule(L.LightningModule):
         if self.gradient_clip > 0:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
+            if isinstance(norm, DTensor):
+                norm = norm.full_tensor()
             self.log(f"train/{self.gradient_norm_name(optimizer)}", norm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -90,7 +157,8 @@ class TrainingModule(L.LightningModule):
         Raises:
             ValueError: names the first weights that are missing, unexpected or of another shape.
         """
-        check_state_dict(self.state_dict(), checkpoint["state_dict"], str(self.trainer.ckpt_path))
+        if "state_dict" in checkpoint:  # FSDP2Strategy has read and checked it by now
+            check_state_dict(self.state_dict(), checkpoint["state_dict"], str(self.trainer.ckpt_path))
 
     def require_finite(self, values: Mapping[str, Tensor], batch: Any) -> None:
         """Stop before an optimizer steps on NaN or infinity.
@@ -112,9 +180,18 @@ class TrainingModule(L.LightningModule):
                 "the learning rate, or use bf16-mixed instead of 16-mixed."
             )
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What every run needs, whatever its configuration says."""
+        return [EndTogether()]
+
     def on_fit_start(self) -> None:
-        """Bring the fixed networks to the device."""
+        """Bring the fixed networks to the device, and batch norm to count over devices."""
         self.fixed.to(self.device)
+        if self.trainer.world_size > 1:
+            count_over_devices(self)
+        if isinstance(self.trainer.strategy.model, DistributedDataParallel):
+            # Buffers are equal at the start, and stay so: sending codebooks in every step would be in vain.
+            self.trainer.strategy.model.broadcast_buffers = False
 
     def on_validation_start(self) -> None:
         """Bring the fixed networks to the device."""

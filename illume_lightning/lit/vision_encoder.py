@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 from torchmetrics import MeanMetric
 
 from illume_lightning.lit.datamodule import ImageBatch
@@ -51,14 +52,20 @@ class VisionEncoderModule(TrainingModule):
         """Words of captions, plus words of regions."""
         regions = regions_of(batch)
         whole, parts = self.model.embed_images(to_float(batch.images), regions)
-        caption_loss = self.model.loss(whole, batch.captions)
-        self.log("train/caption_loss", caption_loss, prog_bar=True, batch_size=len(batch.captions))
-        terms = {"caption_loss": caption_loss}
-        if regions and self.region_weight > 0:
-            terms["region_loss"] = self.model.loss(parts, [region.phrase for region in regions])
-            self.log("train/region_loss", terms["region_loss"], prog_bar=True, batch_size=len(batch.captions))
+        terms = {"caption_loss": self._loss(whole, batch.captions, self.gather_texts(batch.captions))}
+        phrases = [region.phrase for region in regions]
+        everyones = self.gather_texts(phrases)
+        if everyones and self.region_weight > 0:
+            terms["region_loss"] = self._loss(parts, phrases, everyones)
         self.require_finite(terms, batch)
-        self.descend(caption_loss + self.region_weight * terms.get("region_loss", 0))
+        named = {f"train/{name}": value for name, value in terms.items()}
+        self.log_means(named, on_bar=named)
+        self.descend(terms["caption_loss"] + self.region_weight * terms.get("region_loss", 0))
+
+    def _loss(self, embedded: Tensor, texts: list[str], everyones: list[str]) -> Tensor:
+        """A device's share of the loss of everyone's texts, among the words of them all; the shares' mean is it."""
+        share = self.trainer.world_size * len(texts) / len(everyones)
+        return share * self.model.loss(embedded, texts, everyones)
 
     def on_validation_start(self) -> None:
         """New metrics."""

@@ -15,6 +15,7 @@ from illume_lightning.nn.dualvitok import DualViTok
 from illume_lightning.nn.noise import NoiseKind, TokenNoise
 from illume_lightning.nn.pixel import PixelDecoder, PixelEncoder
 from illume_lightning.nn.semantic import QwenVisionTower, SemanticDecoder, SemanticEncoder
+from illume_lightning.nn.sharded_checkpoint import is_sharded, read_weights
 from illume_lightning.nn.simvq import SimVQ
 
 CONTAINERS = ("model", "state_dict", "ema")
@@ -24,10 +25,11 @@ def read_state_dict(path: str | Path, *, use_ema: bool = False) -> dict[str, Ten
     """Read a state dict from a published or our own checkpoint.
 
     Accepts ``.safetensors``, a raw state dict, and files that hold it under ``model``, ``state_dict`` or
-    ``ema`` (official release), and Lightning checkpoints of this package (the prefix ``model.`` is removed).
+    ``ema`` (official release), and Lightning checkpoints of this package (the prefix ``model.`` is removed), of one
+    file or the folder of a sharded one.
 
     Args:
-        path: the file.
+        path: the file, or the folder of a sharded checkpoint.
         use_ema: take ``ema`` where the file has it beside the raw weights.
 
     Raises:
@@ -35,6 +37,8 @@ def read_state_dict(path: str | Path, *, use_ema: bool = False) -> dict[str, Ten
         ValueError: the file holds no state dict, or can't be read without unpickling code.
     """
     path = Path(path)
+    if is_sharded(path):
+        return _of_model(read_weights(path))
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: give the path of a file.")
     if path.suffix == ".safetensors":
@@ -61,8 +65,13 @@ def read_state_dict(path: str | Path, *, use_ema: bool = False) -> dict[str, Ten
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict; its entries are {sorted(map(str, content))[:8]}.")
     if is_lightning:
-        return {key.removeprefix("model."): v for key, v in content.items() if key.startswith("model.")}
+        return _of_model(content)
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _of_model(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a Lightning checkpoint, named as in its module's ``model``."""
+    return {key.removeprefix("model."): v for key, v in content.items() if key.startswith("model.")}
 
 
 def load_dualvitok(model: DualViTok, path: str | Path, *, use_ema: bool = False) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from illume_lightning.nn.draws import Source, integers, uniform
 from illume_lightning.nn.dualvitok import DualCodes, DualViTok
 
 
@@ -35,20 +36,20 @@ class ConditionNoise:
             if not 0 <= value <= 1:
                 raise ValueError(f"{field.name} is {value}, expected a probability in [0, 1].")
 
-    def replace(self, codes: DualCodes, tokenizer: DualViTok) -> DualCodes:
+    def replace(self, codes: DualCodes, tokenizer: DualViTok, generator: Source = None) -> DualCodes:
         """Replace codes of some samples; the same samples in both branches."""
         present = codes.pixel if codes.pixel is not None else codes.semantic
         assert present is not None
-        perturbed = torch.rand(len(present), device=present.device) < self.sample_probability
+        perturbed = uniform(present.shape[:1], generator, present.device) < self.sample_probability
         probability = torch.where(perturbed, self.token_probability, 0.0)
-        return replace_codes(codes, tokenizer, probability)
+        return replace_codes(codes, tokenizer, probability, generator)
 
-    def drop(self, features: Tensor, tokenizer: DualViTok) -> Tensor:
+    def drop(self, features: Tensor, tokenizer: DualViTok, generator: Source = None) -> Tensor:
         """Set a branch's features (B, Z, h2, w2) to zero in some samples, each branch by itself."""
         rates = {"semantic": self.semantic_drop, "pixel": self.pixel_drop}
         parts = features.split([quantizer.dim for quantizer in tokenizer.quantizers.values()], dim=1)
         kept = [
-            part * (torch.rand(len(part), 1, 1, 1, device=part.device) >= rates[name])
+            part * (uniform((len(part), 1, 1, 1), generator, part.device) >= rates[name])
             for name, part in zip(tokenizer.quantizers, parts, strict=True)
         ]
         return torch.cat(kept, dim=1)
@@ -58,7 +59,7 @@ def replace_codes(
     codes: DualCodes,
     tokenizer: DualViTok,
     probability: Tensor | float,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> DualCodes:
     """Replace each code, with a probability, by one drawn uniformly from its codebook.
 
@@ -66,16 +67,15 @@ def replace_codes(
         codes: ids of the branches that the tokenizer has.
         tokenizer: knows the codebooks' sizes.
         probability: of each code, or (B,) of each sample's codes.
-        generator: of the draws, on the CPU; ``None`` draws on the codes' device.
+        generator: of the draws; ``None`` draws on the codes' device.
     """
     replaced: dict[str, Tensor | None] = {"semantic": None, "pixel": None}
     for name, quantizer in tokenizer.quantizers.items():
         ids = getattr(codes, name)
-        device = ids.device if generator is None else torch.device("cpu")
-        draws = torch.rand(ids.shape, generator=generator, device=device).to(ids.device)
-        wrong = torch.randint(quantizer.codebook_size, ids.shape, generator=generator, device=device)
+        draws = uniform(ids.shape, generator, ids.device)
+        wrong = integers(quantizer.codebook_size, ids.shape, generator, ids.device)
         limit = torch.as_tensor(probability, device=ids.device).view(-1, 1, 1)
-        replaced[name] = torch.where(draws < limit, wrong.to(ids.device), ids)
+        replaced[name] = torch.where(draws < limit, wrong, ids)
     return DualCodes(**replaced)
 
 

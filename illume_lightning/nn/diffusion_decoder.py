@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
+from illume_lightning.nn.draws import Source, integers, normal
 from illume_lightning.nn.latents import SpaceToDepth, VAELatents
 from illume_lightning.resolution import DECODER_SIZES, PIXEL_STRIDE, Size, decoder_size_index
 
@@ -181,17 +182,17 @@ class DiffusionDecoder(nn.Module):
             added_cond_kwargs={"text_embeds": noisy.new_zeros(batch, pooled_dim), "time_ids": time_ids},
         ).sample
 
-    def loss(self, latents: Tensor, features: Tensor) -> Tensor:
+    def loss(self, latents: Tensor, features: Tensor, generator: Source = None) -> Tensor:
         """Denoising loss of every sample (B,), at random timesteps.
 
         Args:
             latents: (B, C, h, w) of the pictures.
             features: (B, Z, h2, w2) codebook features, perturbed and dropped already.
+            generator: of timesteps and noise.
         """
-        timesteps = torch.randint(
-            self.scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device
-        )
-        noise = torch.randn_like(latents)
+        num_timesteps = self.scheduler.config.num_train_timesteps
+        timesteps = integers(num_timesteps, latents.shape[:1], generator, latents.device)
+        noise = normal(latents.shape, generator, latents.device).to(latents.dtype)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         predicted = self.predict(noisy, timesteps, features).float()
         kind = self.scheduler.config.prediction_type

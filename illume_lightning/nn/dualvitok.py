@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from illume_lightning.nn.draws import Source, normal
 from illume_lightning.nn.noise import TokenNoise
 from illume_lightning.nn.pixel import PixelDecoder, PixelEncoder
 from illume_lightning.nn.semantic import SemanticDecoder, SemanticEncoder
@@ -139,7 +140,7 @@ class DualViTok(nn.Module):
             latents["pixel"] = self.pixel_quant_conv(self.pixel_encoder(images))
         return latents, target
 
-    def encode(self, images: Tensor, latent_noise: float | None = None) -> Encoded:
+    def encode(self, images: Tensor, latent_noise: float | None = None, generator: Source = None) -> Encoded:
         """Encode and quantise.
 
         Args:
@@ -147,6 +148,7 @@ class DualViTok(nn.Module):
             latent_noise: where given, nothing is quantised: Gaussian noise of this standard deviation takes
                 the quantiser's place, indices are zero and the losses too (warm-up of small worlds; neither
                 paper nor official release has it).
+            generator: of that noise.
 
         Returns:
             Quantised branches, their losses and indices, and the semantic target.
@@ -159,17 +161,21 @@ class DualViTok(nn.Module):
             else:
                 z = latents[name].float()
                 indices = torch.zeros_like(z[:, 0], dtype=torch.long)
-                quantized[name] = Quantized(z + latent_noise * torch.randn_like(z), z.new_zeros(()), indices)
+                noise = latent_noise * normal(z.shape, generator, z.device)
+                quantized[name] = Quantized(z + noise, z.new_zeros(()), indices)
         grid = (images.shape[-2] // 16, images.shape[-1] // 16)
         return Encoded(quantized.get("semantic"), quantized.get("pixel"), target, grid)
 
-    def merge(self, semantic: Tensor | None, pixel: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    def merge(
+        self, semantic: Tensor | None, pixel: Tensor | None, grid: tuple[int, int], generator: Source = None
+    ) -> Tensor:
         """Bring both branches onto the pixel grid: (B, Z, h2, w2), semantic channels first.
 
         Args:
             semantic: (B, D, h1, w1) quantised features, resized bicubically without antialiasing.
             pixel: (B, D, h2, w2) quantised features; perturbed in training where the model has noise.
             grid: (h2, w2).
+            generator: of the perturbation.
         """
         parts = []
         if semantic is not None:
@@ -177,7 +183,7 @@ class DualViTok(nn.Module):
             parts.append(resized.to(semantic.dtype))
         if pixel is not None:
             if self.noise is not None and self.training and self.pixel_quantizer is not None:
-                pixel = self.noise(pixel, self.pixel_quantizer.codebook)
+                pixel = self.noise(pixel, self.pixel_quantizer.codebook, generator)
             parts.append(pixel)
         return torch.cat(parts, dim=1)
 
@@ -212,12 +218,14 @@ class DualViTok(nn.Module):
         """Code ids -> pictures (B, 3, H, W) clamped to [-1, 1]; arguments as ``code_features``."""
         return self.decode(self.code_features(codes, grid)).clamp(-1, 1)
 
-    def forward(self, images: Tensor, latent_noise: float | None = None) -> DualViTokOutput:
-        """Reconstruct a batch of equally sized pictures; arguments as ``encode``."""
-        encoded = self.encode(images, latent_noise)
+    def forward(
+        self, images: Tensor, latent_noise: float | None = None, generator: Source = None
+    ) -> DualViTokOutput:
+        """Reconstruct a batch of equally sized pictures; arguments as ``encode``, ``generator`` of all noise."""
+        encoded = self.encode(images, latent_noise, generator)
         semantic = encoded.semantic.features if encoded.semantic else None
         pixel = encoded.pixel.features if encoded.pixel else None
-        reconstruction = self.decode(self.merge(semantic, pixel, encoded.grid))
+        reconstruction = self.decode(self.merge(semantic, pixel, encoded.grid, generator))
         features = None
         if semantic is not None and self.semantic_decoder is not None:
             features = self.semantic_decoder(semantic)

@@ -4,6 +4,7 @@ Shapes: B batch, H W picture height and width in pixels, C semantic channels, h1
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from illume_lightning.nn.dualvitok import DualViTokOutput
 
 PixelLoss = Literal["l1", "l2", "l1_l2"]
+Average = Callable[[Tensor], Tensor]
+"""Mean of a tensor without gradient over all devices, where several share a batch."""
 
 
 class Perceptual(nn.Module):
@@ -173,6 +176,7 @@ class DualViTokLoss(nn.Module):
         perceptual: nn.Module | None = None,
         fake_logits: Tensor | None = None,
         last_layer: Tensor | None = None,
+        average: Average = lambda tensor: tensor,
     ) -> dict[str, Tensor]:
         """Loss of the tokenizer.
 
@@ -182,6 +186,7 @@ class DualViTokLoss(nn.Module):
             perceptual: network that gives distances (B,) of two batches of pictures.
             fake_logits: the discriminator's logits of the reconstruction; ``None`` while the GAN loss is off.
             last_layer: decoder weight at which ``adaptive_weight`` compares gradients.
+            average: over devices: the means of their losses are then one device's loss of the whole batch.
 
         Returns:
             Scalars, each without its weight except ``loss``: their weighted sum, to differentiate.
@@ -190,7 +195,7 @@ class DualViTokLoss(nn.Module):
             ValueError: where ``perceptual`` or ``last_layer`` is missing and its option is on.
         """
         reconstruction = output.reconstruction.float()
-        terms = {"pixel_loss": self._pixel_distance(reconstruction, images.float())}
+        terms = {"pixel_loss": self._pixel_distance(reconstruction, images.float(), average)}
         loss = self.pixel_weight * terms["pixel_loss"]
         if self.perceptual_weight > 0:
             if perceptual is None:
@@ -201,7 +206,7 @@ class DualViTokLoss(nn.Module):
             terms["perceptual_loss"] = perceptual(reconstruction, images).float().mean()
             loss = loss + self.perceptual_weight * terms["perceptual_loss"]
         if fake_logits is not None:
-            weight = self._adversarial(loss, fake_logits, last_layer, terms)
+            weight = self._adversarial(loss, fake_logits, last_layer, terms, average)
             loss = loss + weight * terms["adversarial_loss"]
         encoded = output.encoded
         for name, quantized in (("semantic", encoded.semantic), ("pixel", encoded.pixel)):
@@ -214,7 +219,7 @@ class DualViTokLoss(nn.Module):
             loss = loss + self.semantic_weight * semantic
         return {"loss": loss} | terms
 
-    def _pixel_distance(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+    def _pixel_distance(self, reconstruction: Tensor, images: Tensor, average: Average) -> Tensor:
         error = (reconstruction - images).abs()
         if self.pixel_loss == "l2":
             error = error.square()
@@ -223,10 +228,15 @@ class DualViTokLoss(nn.Module):
         if self.foreground_weight == 1:
             return error.mean()
         weight = 1 + (self.foreground_weight - 1) * foreground(images)
-        return (error * weight).mean() / weight.mean()
+        return (error * weight).mean() / average(weight.mean())
 
     def _adversarial(
-        self, loss: Tensor, fake_logits: Tensor, last_layer: Tensor | None, terms: dict[str, Tensor]
+        self,
+        loss: Tensor,
+        fake_logits: Tensor,
+        last_layer: Tensor | None,
+        terms: dict[str, Tensor],
+        average: Average,
     ) -> float | Tensor:
         """Add the GAN loss to ``terms`` and return its weight."""
         terms["adversarial_loss"] = hinge_generator_loss(fake_logits)
@@ -234,7 +244,7 @@ class DualViTokLoss(nn.Module):
             return self.adversarial_weight
         if last_layer is None:
             raise ValueError("adaptive_weight compares gradients at last_layer, which is missing.")
-        terms["adaptive_weight"] = adaptive_weight(loss, terms["adversarial_loss"], last_layer)
+        terms["adaptive_weight"] = adaptive_weight(loss, terms["adversarial_loss"], last_layer, average)
         return self.adversarial_weight * terms["adaptive_weight"]
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> dict[str, Tensor]:
@@ -284,13 +294,19 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
     return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
 
 
-def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(
+    reconstruction_loss: Tensor,
+    adversarial_loss: Tensor,
+    last_layer: Tensor,
+    average: Average = lambda tensor: tensor,
+) -> Tensor:
     """VQGAN's weight of the GAN loss: () in [0, 10^4], detached.
 
-    The ratio of the two losses' gradient norms at ``last_layer``.
+    The ratio of the two losses' gradient norms at ``last_layer``, of gradients averaged over devices: the norm of a
+    mean is not the mean of norms.
     """
     numerator, denominator = (
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+        average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()).norm()
         for loss in (reconstruction_loss, adversarial_loss)
     )
     return (numerator / (denominator + 1e-4)).clamp(0, 1e4).detach()

@@ -5,6 +5,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from illume_lightning.nn.draws import Source, integers, uniform
+
 NoiseKind = Literal["none", "random", "neighbour", "zero"]
 
 
@@ -17,7 +19,8 @@ class TokenNoise(nn.Module):
     Args:
         kind: ``random``: a code drawn uniformly from the codebook (paper); ``neighbour``: the code at the
             same position of the batch's previous sample (official release; nothing happens in a batch of
-            one); ``zero``: zeros; ``none``: leave everything as it is.
+            one, and which sample that is depends on how they are dealt to devices); ``zero``: zeros;
+            ``none``: leave everything as it is.
         sample_probability: in [0, 1] (paper 3.1: 0.1).
         token_probability: in [0, 1] (paper 3.1: 0.1).
 
@@ -39,7 +42,7 @@ class TokenNoise(nn.Module):
         self.sample_probability = sample_probability
         self.token_probability = token_probability
 
-    def forward(self, features: Tensor, codebook: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, features: Tensor, codebook: Tensor, generator: Source = None) -> Tensor:
         """Perturb quantised features; the caller does so in training only.
 
         Args:
@@ -54,17 +57,15 @@ class TokenNoise(nn.Module):
         if self.kind == "none":
             return features
         batch, _, height, width = features.shape
-        device = features.device if generator is None else generator.device
-        sample = torch.rand(batch, 1, 1, 1, generator=generator, device=device)
-        token = torch.rand(batch, 1, height, width, generator=generator, device=device)
+        device = features.device
+        sample = uniform((batch, 1, 1, 1), generator, device)
+        token = uniform((batch, 1, height, width), generator, device)
         is_replaced = (sample < self.sample_probability) & (token < self.token_probability)
         if self.kind == "random":
-            shape = (batch, height, width)
-            indices = torch.randint(len(codebook), shape, generator=generator, device=device)
-            codes = codebook.detach()[indices.to(codebook.device)]
+            codes = codebook.detach()[integers(len(codebook), (batch, height, width), generator, device)]
             replacement = codes.permute(0, 3, 1, 2).to(features.dtype)
         elif self.kind == "neighbour":
             replacement = features.detach().roll(1, dims=0)
         else:
             replacement = torch.zeros_like(features)
-        return torch.where(is_replaced.to(features.device), replacement, features)
+        return torch.where(is_replaced, replacement, features)

@@ -95,20 +95,24 @@ def _score_error(tokens: Tensor, largest_norm: Tensor) -> Tensor:
 
 
 def _nearest_in_blocks(tokens: Tensor, codebook: Tensor, block: Tensor, token: Tensor) -> Tensor:
-    """Nearest code of each token (N,) among its candidate blocks, pairs (P,) of block and token, in fp64."""
+    """Nearest code of each token (N,) among its candidate blocks, pairs (P,) of block and token, in fp64.
+
+    NPUs and Apple's GPUs have no fp64: there fp32 decides between codes that are nearly as far.
+    """
+    wide = torch.float32 if tokens.device.type in ("npu", "mps") else torch.float64
     num_codes, dim = codebook.shape
     offsets = torch.arange(_BLOCK, device=tokens.device)
-    distance = torch.empty(len(block), dtype=torch.float64, device=tokens.device)
+    distance = torch.empty(len(block), dtype=wide, device=tokens.device)
     index = torch.empty_like(block)
     chunk = max(1, 2**18 // (_BLOCK * dim))
     for p in range(0, len(block), chunk):
         pairs = slice(p, p + chunk)
         # The last block may be short: its last code then stands in for the missing ones, and is found first.
         ids = (block[pairs, None] * _BLOCK + offsets).clamp_max_(num_codes - 1)
-        squares = codebook[ids].double().sub_(tokens[token[pairs], None]).square_().sum(-1)
+        squares = codebook[ids].to(wide).sub_(tokens[token[pairs], None]).square_().sum(-1)
         distance[pairs], position = squares.min(1)
         index[pairs] = ids.gather(1, position[:, None])[:, 0]
-    nearest = torch.full((len(tokens),), torch.inf, dtype=torch.float64, device=tokens.device)
+    nearest = torch.full((len(tokens),), torch.inf, dtype=wide, device=tokens.device)
     nearest.scatter_reduce_(0, token, distance, "amin")
     index = torch.where(distance == nearest[token], index, num_codes)
     lowest = torch.full((len(tokens),), num_codes, device=tokens.device)

@@ -72,17 +72,18 @@ class TextAlignment(nn.Module):
         parts = torch.einsum("rchw,rhw->rc", features[picture], weight)
         return F.normalize(self.project(whole), dim=-1), F.normalize(self.project(parts), dim=-1)
 
-    def loss(self, images: Tensor, texts: list[str]) -> Tensor:
+    def loss(self, images: Tensor, texts: list[str], everyones: list[str] | None = None) -> Tensor:
         """Binary cross entropy of which of all texts' words each text has; the others are its negatives.
 
         Args:
             images: (N, D) unit vectors of pictures or regions.
             texts: N texts.
+            everyones: the texts whose words are asked for, where several devices share a batch; by default ``texts``.
 
         Returns:
             Scalar, the mean over texts of the sum over words; 0 without words.
         """
-        logits, has = self._scores(images, texts)
+        logits, has = self._scores(images, texts, everyones)
         return F.binary_cross_entropy_with_logits(logits, has, reduction="none").sum() / max(1, len(texts))
 
     def recall(self, images: Tensor, texts: list[str]) -> Tensor:
@@ -92,12 +93,18 @@ class TextAlignment(nn.Module):
         rank = logits.argsort(1, descending=True).argsort(1)
         return ((rank < counts) * has).sum(1) / counts.squeeze(1).clamp_min(1) + (counts.squeeze(1) == 0)
 
-    def _scores(self, images: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def _scores(
+        self, images: Tensor, texts: list[str], everyones: list[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits of every distinct word, and 1 where a text has it: (N, W) fp32 each."""
-        said = [set(re.findall(r"\w+", text.lower())) for text in texts]
-        distinct = sorted(set().union(*said))
+        said = [_words(text) for text in texts]
+        distinct = sorted(set().union(*map(_words, texts if everyones is None else everyones)))
         rows = [zlib.crc32(word.encode()) % self.words.num_embeddings for word in distinct]
         has = torch.tensor([[float(word in words) for word in distinct] for words in said])
         vectors = F.normalize(self.words(torch.tensor(rows, dtype=torch.long, device=images.device)), dim=-1)
         logits = (images @ vectors.T).float() * self.log_temperature.exp()
         return logits, has.view(len(texts), len(distinct)).to(images.device)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))

@@ -6,9 +6,12 @@ only by the subcommand that needs them.
 
 import json
 import logging
+import os
 import re
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -31,9 +34,13 @@ IMPORTERS = {
     "emoji-tokenizer": "illume_lightning.data.worlds.emoji_conversations:prepare_emoji_tokenizer",
     "latents": "illume_lightning.lit.prepare_latents:prepare_latents",
     "tokens": "illume_lightning.lit.prepare_tokens:prepare_tokens",
+    "merge": "illume_lightning.data.writer:merge_shards",
 }
 """What `illume prepare` calls."""
-OWN_COMMANDS = ("prepare", "generate", "export", "app", "evaluate", "report", "schedule", "parity", "doctor")
+OWN_COMMANDS = (
+    *("prepare", "plan", "schedule", "generate", "export", "app", "evaluate", "report"),
+    *("consolidate", "parity", "doctor"),
+)
 
 USAGE = """\
 usage: illume COMMAND [OPTIONS]
@@ -50,12 +57,16 @@ Data
                                  the same about emoji
   prepare latents|tokens STORE OUT TOKENIZER
                                  what a trained DualViTok makes of a store, for the diffusion decoder or the MLLM
+  prepare ... --shard I/N        any of these by N jobs, I from 0, on any machines with one shared folder
+  prepare merge OUT              then joins what they wrote: the same store as of one job
 
 Training (LightningCLI; one YAML is one run)
   fit -c FILE.yaml               train; started again, it continues where it stopped
   validate -c FILE.yaml          held-out metrics and picture grids of the run's last checkpoint
   test -c FILE.yaml              the same on the test data
   predict -c FILE.yaml           reconstruct a store of pictures; an MLLM answers a file of lines instead
+  plan FILE.yaml... --devices N --device h100|a100|910b|...
+                                 memory, days and cost of a run, before anything is rented
   schedule FILE.yaml [--dry-run] every step from data to scores in one command; started again, it continues
 
 Use
@@ -70,6 +81,7 @@ Use
   report FOLDER [--out FOLDER]   a schedule's scores, samples, curves and records on one page
 
 Checks
+  consolidate FOLDER FILE        one checkpoint file of a sharded one
   parity DIR [--device DEVICE]   compare with recorded tensors of the official model
   doctor                         versions, devices, caches, and what is missing
 
@@ -117,6 +129,8 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("illume_lightning", "callbacks"):
         logging.getLogger(package).setLevel(logging.INFO)
+    # An NPU's backend is loaded where it is used, and says there what it misses; torch would end in a traceback.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
         _dispatch(command, rest)
     except _user_errors(command) as error:
@@ -140,7 +154,9 @@ def _dispatch(command: str, rest: list[str]) -> None:
         from jsonargparse import auto_cli
 
         given = _as_options(command, rest) if rest or command == "doctor" else ["--help"]
-        auto_cli(getattr(commands, command), args=given, prog=f"illume {command}", as_positional=True)
+        # What `plan` requires are numbers that nobody could tell apart without their names.
+        by_place = command != "plan"
+        auto_cli(getattr(commands, command), args=given, prog=f"illume {command}", as_positional=by_place)
     else:
         known = ", ".join((*RUN_COMMANDS, *OWN_COMMANDS))
         raise ValueError(f"unknown command {command!r}: use one of {known}.")
@@ -148,6 +164,9 @@ def _dispatch(command: str, rest: list[str]) -> None:
 
 def run(args: list[str]) -> "LightningCLI":
     """Run ``fit``, ``validate``, ``test`` or ``predict`` in this process; returns the finished CLI."""
+    from illume_lightning.lit import npu
+
+    npu.check_installation()
     from callbacks import ResolutionCurriculum
     from illume_lightning.lit.cli import IllumeCLI
 
@@ -157,19 +176,29 @@ def run(args: list[str]) -> "LightningCLI":
 def _prepare(rest: list[str]) -> None:
     from jsonargparse import auto_cli
 
+    from illume_lightning.data.shard import Shard, divided
+
+    # Of all importers, but none of theirs.
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--shard")
+    given, rest = parser.parse_known_args(rest)
+    division = nullcontext() if given.shard is None else divided(Shard.parse(given.shard))
     # Only what is asked for: together they bring all libraries, which takes seconds.
     wanted = [rest[0]] if rest and rest[0] in IMPORTERS else list(IMPORTERS)
     importers = {}
     for name in wanted:
         module, function = IMPORTERS[name].split(":")
         importers[name] = getattr(import_module(module), function)
-    auto_cli(importers, args=_with_list(rest) or ["--help"], prog="illume prepare", as_positional=True)
+    with division:
+        auto_cli(importers, args=_with_list(rest) or ["--help"], prog="illume prepare", as_positional=True)
 
 
 def _as_options(command: str, rest: list[str]) -> list[str]:
     """What people write, as jsonargparse wants it."""
     if command == "generate":
         return _with_prompts(rest)
+    if command == "plan":
+        return _with_configs(rest)
     if command == "evaluate":  # it wants a value of everything
         return ["--again=true" if argument == "--again" else argument for argument in rest]
     return rest
@@ -181,6 +210,17 @@ def _with_prompts(rest: list[str]) -> list[str]:
     if count < 3:
         return rest
     return [*rest[:2], "--prompts", json.dumps(rest[2:count]), *rest[count:]]
+
+
+def _with_configs(rest: list[str]) -> list[str]:
+    """`CONFIG...` and every `-c CONFIG` in one argument, as jsonargparse wants a list."""
+    count = next((number for number, text in enumerate(rest) if text.startswith("-")), len(rest))
+    configs, options = rest[:count], rest[count:]
+    while "-c" in options:
+        place = options.index("-c")
+        configs += options[place + 1 : place + 2]
+        del options[place : place + 2]
+    return ["--configs", json.dumps(configs), *options] if configs else options
 
 
 def _with_list(rest: list[str]) -> list[str]:

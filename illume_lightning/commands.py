@@ -62,6 +62,9 @@ def generate(
         processes: each with a model of its own.
         shard: i/n does the i-th of n shares of the lines; give all n commands the same OUT.
     """
+    from illume_lightning.lit import npu
+
+    npu.check_installation()
     from illume_lightning.lit.generation_job import Model, run_job
     from illume_lightning.lit.job_lines import prompt_lines, read_jobs
     from illume_lightning.lit.worker import Drawing, Settings
@@ -142,6 +145,9 @@ def app(
         import gradio  # noqa: F401
     except ModuleNotFoundError as error:
         raise ImportError("the web page needs Gradio: pip install 'illume-lightning[app]'") from error
+    from illume_lightning.lit import npu
+
+    npu.check_installation()
     import torch
 
     from illume_lightning.app.examples import Examples, read_examples
@@ -187,6 +193,9 @@ def evaluate(
         guidance: scale of classifier-free guidance; 1 is none.
         again: evaluate even if the same evaluation of this checkpoint is there.
     """
+    from illume_lightning.lit import npu
+
+    npu.check_installation()
     from illume_lightning.evaluation.run import Options, evaluate_run
     from illume_lightning.evaluation.tables import markdown
     from illume_lightning.host_memory import keep_freed_memory
@@ -231,6 +240,53 @@ def schedule(args: list[str]) -> None:
         raise SystemExit(status)
 
 
+def plan(
+    configs: list[str],
+    devices: int,
+    device: str,
+    mfu: float = 0.4,
+    strategy: Literal["ddp", "fsdp2"] = "ddp",
+    price: float | None = None,
+    json: str | None = None,
+) -> None:
+    """Say what a run will need, from its YAML alone: `illume plan CONFIG... --devices N --device h100 [OPTIONS]`.
+
+    Prints parameters, memory of a device, products, steps' seconds, days and cost; docs/scaling.md says how they come
+    about and what they leave out.
+
+    Args:
+        configs: YAML files of the run as for `illume fit`, without -c or with it; written before all options.
+        devices: number of them.
+        device: h100, h200, a100, l40s, rtx4090 or 910b.
+        mfu: share of the device's speed that the run's products reach.
+        strategy: ddp keeps all weights on each device, fsdp2 shares them out.
+        price: of a device for an hour, in any currency.
+        json: file to write all numbers to.
+    """
+    from callbacks import ResolutionCurriculum
+    from illume_lightning.budget.estimate import check_hardware, estimate
+    from illume_lightning.budget.table import markdown, write_json
+
+    found = estimate(configs, check_hardware(device, devices, strategy, mfu, price), ResolutionCurriculum)
+    sys.stdout.write(markdown(found))
+    if json is not None:
+        write_json(found, json)
+
+
+def consolidate(folder: str, file: str) -> None:
+    """Write one checkpoint file of a folder that FSDP2's devices wrote together.
+
+    Needs the memory of the whole checkpoint. Take folders that you trust: torch unpickles their optimizer groups.
+
+    Args:
+        folder: sharded checkpoint, such as RUN/checkpoints/last.ckpt of a run with strategy fsdp2_sharded.
+        file: to write.
+    """
+    from illume_lightning.nn.sharded_checkpoint import consolidate as write_one_file
+
+    write_one_file(folder, file)
+
+
 def parity(directory: str, device: str = "cpu") -> None:
     """Compare this installation with recorded tensors of the official model; exit status 1 on a miss.
 
@@ -238,9 +294,10 @@ def parity(directory: str, device: str = "cpu") -> None:
         directory: folder with the fixtures.
         device: torch device to compute on, in fp32: cpu, cuda:0, npu:0.
     """
+    from illume_lightning.lit.device import choose_device
     from illume_lightning.nn.parity import run, table
 
-    checks = run(directory, device)
+    checks = run(directory, str(choose_device(device)))
     sys.stdout.write(table(checks) + "\n")
     if not all(check.passed for check in checks):
         raise SystemExit(1)

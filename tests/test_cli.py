@@ -20,7 +20,9 @@ def test_help_needs_no_heavy_import(args: list[str]) -> None:
     assert done.stdout.startswith("usage: illume")
 
 
-@pytest.mark.parametrize("command", ["generate", "evaluate", "report", "schedule", "parity", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["plan", "generate", "evaluate", "report", "schedule", "consolidate", "parity", "doctor"]
+)
 def test_help_of_our_own_commands(command: str) -> None:
     code = (
         f"import sys, cli\ntry: cli.main([{command!r}, '--help'])\nexcept SystemExit as stop: assert not stop.code\n"

@@ -10,6 +10,7 @@ from experiment import build_model, parse
 
 from illume_lightning.image_layout import image_layout
 from illume_lightning.lit.prompts import Defaults
+from illume_lightning.lit.training import TrainingModule
 from illume_lightning.nn.diffusion_decoder import SCALE, build_unet
 from illume_lightning.nn.document_attention import DOCUMENTS
 from illume_lightning.nn.token_sampling import SegmentSampling, TokenSampling
@@ -54,6 +55,9 @@ def dualvitok() -> dict[str, str]:
         "global batch": ", ".join({str(phase["batch_size"]) for phase in phases}),
         "noise kind": model.noise.kind,
         "noise probabilities": f"{model.noise.sample_probability}, {model.noise.token_probability}",
+        "discriminator's batch norm": "over all devices"
+        if "count_over_devices" in TrainingModule.on_fit_start.__code__.co_names
+        else "over each device's pictures",
         "GAN weight": loss.adversarial_weight,
         "GAN start": loss.adversarial_start,
         "adaptive GAN weight": loss.adaptive_weight,

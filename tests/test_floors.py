@@ -17,7 +17,8 @@ BENCHMARKS = ("illume_lightning.eval",)
 APP = ("illume_lightning.app",)
 SCHEDULE = ("illume_lightning.schedule",)
 REPORT = ("illume_lightning.report",)
-SIDE_BY_SIDE = (*EVALUATION, *BENCHMARKS, *APP, *SCHEDULE, *REPORT)
+BUDGET = ("illume_lightning.budget",)
+SIDE_BY_SIDE = (*EVALUATION, *BENCHMARKS, *APP, *SCHEDULE, *REPORT, *BUDGET)
 TOP = ("callbacks", "illume_lightning.commands", "cli")
 WITHOUT_TORCH = (
     "torch",
@@ -40,9 +41,18 @@ FORBIDDEN_IMPORTS = {
         *TOP,
     ),
     "illume_lightning/lit": ("gradio", *SIDE_BY_SIDE, *TOP),
-    "illume_lightning/evaluation": ("gradio", *BENCHMARKS, *APP, *SCHEDULE, *REPORT, *TOP),
-    "illume_lightning/eval": ("gradio", *EVALUATION, *APP, *SCHEDULE, *REPORT, *TOP),
-    "illume_lightning/app": ("lightning", "litdata", *EVALUATION, *BENCHMARKS, *SCHEDULE, *REPORT, *TOP),
+    "illume_lightning/evaluation": ("gradio", *BENCHMARKS, *APP, *SCHEDULE, *REPORT, *BUDGET, *TOP),
+    "illume_lightning/eval": ("gradio", *EVALUATION, *APP, *SCHEDULE, *REPORT, *BUDGET, *TOP),
+    "illume_lightning/app": (
+        "lightning",
+        "litdata",
+        *EVALUATION,
+        *BENCHMARKS,
+        *SCHEDULE,
+        *REPORT,
+        *BUDGET,
+        *TOP,
+    ),
     "illume_lightning/schedule": (
         *("numpy", "gradio"),
         *WITHOUT_TORCH,
@@ -50,10 +60,38 @@ FORBIDDEN_IMPORTS = {
         *BENCHMARKS,
         *APP,
         *REPORT,
+        *BUDGET,
         *TOP,
     ),
-    "illume_lightning/report": ("gradio", *WITHOUT_TORCH, *EVALUATION, *BENCHMARKS, *APP, *SCHEDULE, *TOP),
-    "callbacks": ("gradio", *BENCHMARKS, *APP, *SCHEDULE, *REPORT, "illume_lightning.commands", "cli"),
+    "illume_lightning/report": (
+        "gradio",
+        *WITHOUT_TORCH,
+        *EVALUATION,
+        *BENCHMARKS,
+        *APP,
+        *SCHEDULE,
+        *BUDGET,
+        *TOP,
+    ),
+    "illume_lightning/budget": (
+        *("gradio", "litdata"),
+        *EVALUATION,
+        *BENCHMARKS,
+        *APP,
+        *SCHEDULE,
+        *REPORT,
+        *TOP,
+    ),
+    "callbacks": (
+        "gradio",
+        *BENCHMARKS,
+        *APP,
+        *SCHEDULE,
+        *REPORT,
+        *BUDGET,
+        "illume_lightning.commands",
+        "cli",
+    ),
 }
 STANDARD_LIBRARY_ONLY = (
     "illume_lightning/resolution.py",

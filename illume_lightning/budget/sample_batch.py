@@ -13,7 +13,7 @@ from illume_lightning.image_layout import image_layout
 from illume_lightning.lit.datamodule import ImageBatch
 from illume_lightning.lit.mllm import MLLMStage
 from illume_lightning.lit.training import TrainingModule
-from illume_lightning.resolution import Size, ratio_sizes
+from illume_lightning.resolution import Size
 
 TEXT_TOKENS = 128
 """Of a conversation's texts, half of them the answer's."""
@@ -38,15 +38,8 @@ def sample_batch(
     count = phase.micro_batch_size
     numbers = torch.tensor([*range(count)])
     captions = [f"a picture with the number {number}" for number in range(count)]
-    pictures = _pictures(count, largest_size(phase), fake)
+    pictures = _pictures(count, phase.largest_size, fake)
     return ImageBatch(pictures, captions, [""] * count, numbers, numbers, numbers)
-
-
-def largest_size(phase: Phase) -> Size:
-    """Height and width of a phase's largest picture, in pixels."""
-    if phase.mode != "multi_ratio":
-        return phase.side, phase.side
-    return max(ratio_sizes(phase.side, phase.size_step), key=lambda size: size[0] * size[1])
 
 
 def _pictures(count: int, size: Size, fake: FakeTensorMode | None) -> Tensor:
@@ -68,7 +61,7 @@ class _Conversations:
         vocabulary = module.model.vocabulary
         self._phase, self._fake = phase, fake
         self._row_tokens = data["row_tokens"]
-        self._sizes = largest_size(phase), largest_size(phase.generating)
+        self._sizes = phase.largest_size, phase.generating.largest_size
         self._layouts = [image_layout(size, vocabulary) for size in self._sizes]
         self._seen = self._layouts[0].length
         self._made = NUM_SIZE_TOKENS + self._layouts[1].length + TEXT_TOKENS

@@ -3,9 +3,10 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, NamedTuple, get_args
 
-from illume_lightning.resolution import PIXEL_STRIDE, ratio_sizes
+from illume_lightning.resolution import PIXEL_STRIDE, Size, ratio_sizes
 
 SizeMode = Literal["fixed", "multi_ratio", "any_resolution"]
 
@@ -43,11 +44,16 @@ class Phase:
     ratios near this side squared instead; none takes `side`."""
 
     @property
+    def largest_size(self) -> Size:
+        """Height and width of the phase's largest picture, in pixels; of any resolution a square one."""
+        if self.mode != "multi_ratio":
+            return self.side, self.side
+        return max(ratio_sizes(self.side, self.size_step), key=prod)
+
+    @property
     def max_area(self) -> int:
         """Pixels of the phase's largest picture."""
-        if self.mode != "multi_ratio":
-            return self.side**2
-        return max(height * width for height, width in ratio_sizes(self.side, self.size_step))
+        return prod(self.largest_size)
 
     @property
     def generating(self) -> "Phase":

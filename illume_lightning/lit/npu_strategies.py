@@ -15,7 +15,7 @@ can be named as ``class_path`` too, with arguments of their own.
 """
 
 from collections.abc import Mapping
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -202,8 +202,7 @@ def _class_of(given: Any) -> type:
     """Of a strategy, or of the configuration of one."""
     if isinstance(given, Strategy):
         return type(given)
-    module, _, name = str(given["class_path"]).rpartition(".")
-    return getattr(import_module(module), name)
+    return resolve_name(given["class_path"])
 
 
 def _names() -> list[str]:

@@ -1,7 +1,7 @@
 """Whether devices, strategy, precision and batch sizes go together, before anything is built."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import lightning as L
@@ -173,7 +173,7 @@ def _strategy(given: Any) -> tuple[type, Mapping[str, Any]]:
         return StrategyRegistry[given]["strategy"], StrategyRegistry[given]["init_params"]
     if (path := _class_path(given)) is None:
         return type(given), {}
-    return _imported(path), given.get("init_args") or {}
+    return resolve_name(path), given.get("init_args") or {}
 
 
 def _check_strategy(
@@ -218,7 +218,7 @@ def _check_sharding(name: str, model: Mapping[str, Any], callbacks: Iterable[Any
         raise ValueError(
             f"trainer.strategy {name} is for training: predict with ddp, on one device, or `illume generate`"
         )
-    kind = _imported(model["class_path"]) if "class_path" in model else None
+    kind = resolve_name(model["class_path"]) if "class_path" in model else None
     if kind is not None and kind.configure_model is L.LightningModule.configure_model:
         raise ValueError(
             f"{kind.__name__} is not to be shared out by trainer.strategy {name}, which is for the MLLM's stages and "
@@ -230,7 +230,7 @@ def _check_sharding(name: str, model: Mapping[str, Any], callbacks: Iterable[Any
             "ddp, or leave it out"
         )
     for path in filter(None, map(_class_path, callbacks)):
-        if path.endswith(".GenerationScores") or issubclass(_imported(path), WeightAveraging):
+        if path.endswith(".GenerationScores") or issubclass(resolve_name(path), WeightAveraging):
             raise ValueError(
                 f"the callback {path} needs the whole model on each device, and trainer.strategy {name} gives each a "
                 "part: leave it out, or use ddp"
@@ -240,11 +240,6 @@ def _check_sharding(name: str, model: Mapping[str, Any], callbacks: Iterable[Any
 def _class_path(value: Any) -> str | None:
     """Of a class in a configuration."""
     return value.get("class_path") if hasattr(value, "get") else None
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
 
 
 def _divisors(number: int) -> list[int]:

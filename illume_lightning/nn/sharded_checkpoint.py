@@ -6,7 +6,7 @@ without those devices.
 
 import tempfile
 from collections.abc import Mapping
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,8 @@ def consolidate(folder: str | Path, file: str | Path) -> None:
 
 def _numbered(state: Mapping[str, Any]) -> dict[str, Any]:
     """An optimizer's state with numbers for the names of parameters, as optimizers have it."""
-    numbers = dict(
-        zip(chain.from_iterable(group["params"] for group in state["param_groups"]), count(), strict=False)
-    )
+    names = chain.from_iterable(group["params"] for group in state["param_groups"])
+    numbers = {name: number for number, name in enumerate(names)}
     groups = [
         {**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]
     ]

@@ -55,12 +55,12 @@ def informative(asked: Sequence[Question]) -> list[Question]:
 
     Whoever is asked all of them has to look at the picture, or read the text, for each.
     """
-    settled = set()
-    kept = []
-    for question in asked:
-        if question.kind != "caption" and question.place not in settled:
-            kept.append(question)
-            settled.update({question.place} - {None})
+    places = [question.place for question in asked]
+    kept = [
+        question
+        for number, question in enumerate(asked)
+        if question.kind != "caption" and (question.place is None or question.place not in places[:number])
+    ]
     return kept + [question for question in asked if question.kind == "caption"]
 
 
@@ -73,8 +73,10 @@ def _existence(scene: Scene, random: np.random.Generator) -> list[Question]:
     there = sorted(scene.pairs)
     absent = [pair for pair in pairs_of(split_of(scene)) if pair not in there]
     near = [pair for pair in absent if any(pair[0] == colour or pair[1] == shape for colour, shape in there)]
-    among = {True: [there[n] for n in random.permutation(len(there))], False: near or absent}
-    among[False] = [among[False][n] for n in random.permutation(len(among[False]))]
+    among = {
+        is_there: [pairs[number] for number in random.permutation(len(pairs))]
+        for is_there, pairs in ((True, there), (False, near or absent))
+    }
     asked = []
     for number in range(1 if len(there) < 2 else 2):
         is_there = bool(there) and random.random() < 0.5

@@ -12,7 +12,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from illume_lightning import commands
@@ -79,6 +79,7 @@ Use
   evaluate RUN [--tokenizer DIR] [--limit N]
                                  scores of an MLLM, a DualViTok or a diffusion decoder on held-out data
   report FOLDER [--out FOLDER]   a schedule's scores, samples, curves and records on one page
+  report RUN... [--out FOLDER]   scores of several runs side by side, mean and deviation over their seeds
 
 Checks
   consolidate FOLDER FILE        one checkpoint file of a sharded one
@@ -154,8 +155,8 @@ def _dispatch(command: str, rest: list[str]) -> None:
         from jsonargparse import auto_cli
 
         given = _as_options(command, rest) if rest or command == "doctor" else ["--help"]
-        # What `plan` requires are numbers that nobody could tell apart without their names.
-        by_place = command != "plan"
+        # What `plan` requires are numbers that nobody could tell apart without their names; `report` takes a list.
+        by_place = command not in ("plan", "report")
         auto_cli(getattr(commands, command), args=given, prog=f"illume {command}", as_positional=by_place)
     else:
         known = ", ".join((*RUN_COMMANDS, *OWN_COMMANDS))
@@ -185,10 +186,7 @@ def _prepare(rest: list[str]) -> None:
     division = nullcontext() if given.shard is None else divided(Shard.parse(given.shard))
     # Only what is asked for: together they bring all libraries, which takes seconds.
     wanted = [rest[0]] if rest and rest[0] in IMPORTERS else list(IMPORTERS)
-    importers = {}
-    for name in wanted:
-        module, function = IMPORTERS[name].split(":")
-        importers[name] = getattr(import_module(module), function)
+    importers = {name: resolve_name(IMPORTERS[name]) for name in wanted}
     with division:
         auto_cli(importers, args=_with_list(rest) or ["--help"], prog="illume prepare", as_positional=True)
 
@@ -199,14 +197,22 @@ def _as_options(command: str, rest: list[str]) -> list[str]:
         return _with_prompts(rest)
     if command == "plan":
         return _with_configs(rest)
+    if command == "report":
+        count = _num_places(rest)
+        return ["--folders", json.dumps(rest[:count]), *rest[count:]] if count else rest
     if command == "evaluate":  # it wants a value of everything
         return ["--again=true" if argument == "--again" else argument for argument in rest]
     return rest
 
 
+def _num_places(rest: list[str]) -> int:
+    """How many arguments there are before the first option."""
+    return next((number for number, text in enumerate(rest) if text.startswith("-")), len(rest))
+
+
 def _with_prompts(rest: list[str]) -> list[str]:
     """`RUN OUT PROMPT...` with the prompts as an option, as jsonargparse wants a list."""
-    count = next((number for number, text in enumerate(rest) if text.startswith("-")), len(rest))
+    count = _num_places(rest)
     if count < 3:
         return rest
     return [*rest[:2], "--prompts", json.dumps(rest[2:count]), *rest[count:]]
@@ -214,7 +220,7 @@ def _with_prompts(rest: list[str]) -> list[str]:
 
 def _with_configs(rest: list[str]) -> list[str]:
     """`CONFIG...` and every `-c CONFIG` in one argument, as jsonargparse wants a list."""
-    count = next((number for number, text in enumerate(rest) if text.startswith("-")), len(rest))
+    count = _num_places(rest)
     configs, options = rest[:count], rest[count:]
     while "-c" in options:
         place = options.index("-c")
@@ -225,7 +231,7 @@ def _with_configs(rest: list[str]) -> list[str]:
 
 def _with_list(rest: list[str]) -> list[str]:
     """`SOURCE... OUT` with the sources in one argument, as jsonargparse wants a list."""
-    count = next((number for number, text in enumerate(rest) if text.startswith("-")), len(rest))
+    count = _num_places(rest)
     if rest[:1] not in (["images"], ["conversations"]) or count < 3 or rest[1].startswith("["):
         return rest
     return [rest[0], json.dumps(rest[1 : count - 1]), *rest[count - 1 :]]

@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+_SCORES = (("scores.json",), ("scores", "scores.json"))
+"""Of an evaluation, from its own folder and from its run's."""
+
 
 def generate(
     run: str,
@@ -209,22 +212,32 @@ def evaluate(
     sys.stdout.write(there + markdown(sheet))
 
 
-def report(folder: str, out: str | None = None) -> None:
-    """Write report.html, which needs nothing beside it, and report.md about a schedule's runs.
+def report(folders: list[str], out: str | None = None) -> None:
+    """Write a schedule's scores, samples and curves on one page; or compare evaluated runs over their seeds.
 
-    Runs and scores that are not there yet are named with the command that makes them.
+    Of one schedule: report.html, which needs nothing beside it, and report.md; runs and scores that are not there yet
+    are named with the command that makes them. Of anything else a table of mean and standard deviation is printed.
 
     Args:
-        folder: of the schedule, such as runs/shapes/schedule/seed0.
-        out: folder to write to; by default the schedule's own.
+        folders: of a schedule, such as runs/shapes/schedule/seed0; or of evaluated runs, of scores, or of several
+            schedules, such as runs/shapes/schedule/seed*: folders that differ in seed<N> are one run.
+        out: folder to write to; by default a schedule's page goes to its own, and a comparison (seeds.md, seeds.tex,
+            seeds.csv) nowhere.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError("curves need matplotlib: pip install 'illume-lightning[report]'") from error
-    from illume_lightning.report.page import write_report
+    if len(folders) > 1 or any(Path(folder, *scores).is_file() for folder in folders for scores in _SCORES):
+        from illume_lightning.report.seed_tables import write_seeds
 
-    sys.stdout.writelines(f"{path}\n" for path in write_report(folder, out))
+        text, paths = write_seeds(folders, out)
+        sys.stdout.write(text)
+    else:
+        try:
+            import matplotlib  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ImportError("curves need matplotlib: pip install 'illume-lightning[report]'") from error
+        from illume_lightning.report.page import write_report
+
+        paths = write_report(folders[0], out)
+    sys.stdout.writelines(f"{path}\n" for path in paths)
 
 
 def schedule(args: list[str]) -> None:

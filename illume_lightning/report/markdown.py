@@ -20,30 +20,30 @@ def markdown(content: Content, folder: Path) -> str:
         content: what to say.
         folder: that the text will lie in; links are relative to it.
     """
-    lines = [f"# ILLUME+ on {_plain(content.world)}, seed {content.seed}", ""]
+    lines = [f"# ILLUME+ on {plain(content.world)}, seed {content.seed}", ""]
     facts = (content.date, content.progress, f"{content.total} in all", f"written on {content.hardware}")
-    lines += [_plain(" · ".join(fact for fact in facts if fact)), ""]
+    lines += [plain(" · ".join(fact for fact in facts if fact)), ""]
     rows = [
         (number.label, number.about, number.value, number.interval, number.n, number.baselines)
         for number in content.key_numbers
     ]
-    lines += _table(("key number", "what it says", ">value", ">95 % interval", ">n", "baselines"), rows)
+    lines += table(("key number", "what it says", ">value", ">95 % interval", ">n", "baselines"), rows)
     lines += ["## Scores", ""]
-    for table in content.score_tables:
-        lines += _scores(table)
+    for scores in content.score_tables:
+        lines += _scores(scores)
     lines += _gaps(content.score_gaps)
     lines += ["## Samples", ""]
     for group in content.sample_groups:
         lines += _samples(group, folder)
     for grid in content.grids:
-        lines += [f"{_plain(grid.title)}:", "", _image(grid.picture, folder), ""]
+        lines += [f"{plain(grid.title)}:", "", _image(grid.picture, folder), ""]
     lines += ["## Curves", "", "Drawn in `report.html`; the last held-out metrics of each run:", ""]
     for curves in content.curve_groups:
         for held_out in curves.held_out:
             lines += [f"{held_out.title}, step {held_out.step:,}", ""]
             header = ("data", *(f">{column}" for column in held_out.columns))
-            lines += _table(header, [(data, *cells) for data, cells in held_out.rows])
-        lines += [f"- {_plain(note)}" for note in curves.notes] + ([""] if curves.notes else [])
+            lines += table(header, [(data, *cells) for data, cells in held_out.rows])
+        lines += [f"- {plain(note)}" for note in curves.notes] + ([""] if curves.notes else [])
         lines += _gaps(curves.gaps)
     lines += _codebook(content)
     lines += ["## Steps", ""]
@@ -52,25 +52,25 @@ def markdown(content: Content, folder: Path) -> str:
         (row.name, row.state, row.started, row.duration, row.restarts, row.fingerprint, " ".join(row.words))
         for row in content.steps
     ]
-    return "\n".join([*lines, *_table(header, steps)]).rstrip() + "\n"
+    return "\n".join([*lines, *table(header, steps)]).rstrip() + "\n"
 
 
-def _scores(table: ScoreTable) -> Iterator[str]:
+def _scores(scores: ScoreTable) -> Iterator[str]:
     yield from (
-        f"### {_plain(table.title)}",
+        f"### {plain(scores.title)}",
         "",
-        _plain(", ".join(filter(None, (table.source, table.date)))),
+        plain(", ".join(filter(None, (scores.source, scores.date)))),
         "",
     )
     header = ("score", ">value", ">95 % interval", ">n", "baselines", "the paper, on other data")
     rows = [
         (row.label, row.value, row.interval, row.n, row.baselines, "; ".join(map(_paper, row.paper)))
-        for row in table.rows
+        for row in scores.rows
     ]
-    yield from _table(header, rows)
-    others = [number for number in table.paper if number.beside is None]
+    yield from table(header, rows)
+    others = [number for number in scores.paper if number.beside is None]
     if others:
-        yield f"Also in the paper, not on the same data: {_plain('; '.join(map(_paper, others)))}."
+        yield f"Also in the paper, not on the same data: {plain('; '.join(map(_paper, others)))}."
         yield ""
 
 
@@ -79,7 +79,7 @@ def _paper(number: PaperNumber) -> str:
 
 
 def _samples(group: SampleGroup, folder: Path) -> Iterator[str]:
-    yield from (f"### {_plain(group.title)}", "")
+    yield from (f"### {plain(group.title)}", "")
     if group.count:
         yield from (f"{group.count[:1].upper()}{group.count[1:]}.", "")
     columns = list(dict.fromkeys(role for sample in group.samples for role, _ in sample.pictures))
@@ -89,12 +89,12 @@ def _samples(group: SampleGroup, folder: Path) -> Iterator[str]:
     for sample in group.samples:
         answers = (sample.answer, sample.expected) if has_answers else ()
         rows.append((sample.prompt, *_roles(sample, columns, folder), *answers, _mark(sample.right)))
-    yield from _table(header, rows)
+    yield from table(header, rows)
 
 
-def _roles(sample: SampleView, columns: Sequence[str], folder: Path) -> list["_Ready"]:
+def _roles(sample: SampleView, columns: Sequence[str], folder: Path) -> list["Ready"]:
     return [
-        _Ready(" ".join(_image(picture, folder) for role, picture in sample.pictures if role == column))
+        Ready(" ".join(_image(picture, folder) for role, picture in sample.pictures if role == column))
         for column in columns
     ]
 
@@ -109,25 +109,25 @@ def _codebook(content: Content) -> Iterator[str]:
     for book in ("semantic", "pixel"):
         header += [f">{book} codes in use", ">perplexity", ">dead codes"]
     if content.codebook:
-        yield from _table(header, [(row.data, *row.semantic, *row.pixel) for row in content.codebook])
+        yield from table(header, [(row.data, *row.semantic, *row.pixel) for row in content.codebook])
     if content.codebook_paper:
-        yield f"In the paper: {_plain('; '.join(map(_paper, content.codebook_paper)))}."
+        yield f"In the paper: {plain('; '.join(map(_paper, content.codebook_paper)))}."
         yield ""
     if content.codebook_gap:
         yield from _gaps([content.codebook_gap])
 
 
-class _Ready(str):
+class Ready(str):
     """A cell that is Markdown already."""
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
     """A table and an empty line; columns whose header begins with > are flush right."""
-    yield "| " + " | ".join(_plain(name.removeprefix(">")) for name in header) + " |"
+    yield "| " + " | ".join(plain(name.removeprefix(">")) for name in header) + " |"
     yield "|" + "|".join("---:" if name.startswith(">") else "---" for name in header) + "|"
     for row in rows:
         cells = (
-            "" if cell is None else cell if isinstance(cell, _Ready) else _plain(str(cell)) for cell in row
+            "" if cell is None else cell if isinstance(cell, Ready) else plain(str(cell)) for cell in row
         )
         yield "| " + " | ".join(cells) + " |"
     yield ""
@@ -136,19 +136,19 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[
 def _gaps(gaps: Sequence[Gap]) -> Iterator[str]:
     for gap in gaps:
         command = gap.command.replace("`", "'")
-        yield f"- Missing: {_plain(gap.text)}" + (f" Run `{command}`." if command else "")
+        yield f"- Missing: {plain(gap.text)}" + (f" Run `{command}`." if command else "")
     if gaps:
         yield ""
 
 
 def _image(picture: Picture, folder: Path) -> str:
     if picture.problem:
-        return _plain(picture.problem)
+        return plain(picture.problem)
     path = os.path.relpath(picture.path.resolve(), folder.resolve())
-    return f"![{_plain(picture.path.stem)}]({quote(Path(path).as_posix())})"
+    return f"![{plain(picture.path.stem)}]({quote(Path(path).as_posix())})"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text as one line that is neither HTML nor Markdown."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\|*`\[\]_])", r"\\\1", " ".join(text.split()))

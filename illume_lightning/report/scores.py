@@ -46,12 +46,18 @@ class Scores:
     """All that was measured on one checkpoint."""
 
     folder: Path
+    part: str
+    """What the run trains: mllm, dualvitok or diffusion_decoder."""
+
     date: str
     step: int
     checkpoint_sha256: str
     seconds: float
     is_finished: bool
     """Whether training was, when it was evaluated."""
+
+    settings: dict[str, Any]
+    """All that decides the scores beside the checkpoint and the drawing: ``run_seed``, ``limit``, ``stores``, ..."""
 
     scores: tuple[Score, ...]
     samples: tuple[Sample, ...]
@@ -79,11 +85,13 @@ def read_scores(folder: Path, made_by: str) -> Scores:
         settings = field(record, "settings", dict, optional=True) or {}
         return Scores(
             folder=folder,
+            part=field(record, "part", str, optional=True) or "",
             date=field(record, "date", str, optional=True) or "",
             step=field(record, "step", int),
             checkpoint_sha256=field(record, "checkpoint_sha256", str, optional=True) or "",
             seconds=finite(record, "seconds") or 0.0,
             is_finished=settings.get("finished", True) is not False,
+            settings=settings,
             scores=tuple(_score(score) for score in objects(record, "scores")),
             samples=tuple(_sample(sample) for sample in objects(record, "samples")),
         )

@@ -145,6 +145,7 @@ def mllm() -> dict[str, str]:
         "gradient clipping": stages[1].gradient_clip,
         "condition dropout": data["condition_dropout"],
         "unconditional prompt": "the release's" if data["release_prompts"] else "masked",
+        "size of adapted features": "as it comes" if len(model.pixel_adapter) == 3 else "normalised",
         "slot embedding": "none" if model.slot_embedding is None else "learned",
         "optimizer of the matrices": "with the others"
         if stages[3]._matrix_optimizer is None

@@ -22,6 +22,7 @@ def build_mllm(
     width: int = 32,
     vocabulary: Vocabulary = VOCABULARY,
     discrete_input: bool = False,
+    adapter_rms: float = 0.0,
     **trunk: Any,
 ) -> MLLM:
     """Two blocks and towers that train; ``trunk``: other sizes of the trunk."""
@@ -29,6 +30,7 @@ def build_mllm(
     tower = QwenVisionTower(1, 32, 2, 48)
     encoder = PixelEncoder(8, num_res_blocks=1, latent_channels=8, norm_groups=4)
     options = {"tied": tied, "slot_grid": slot_grid, "discrete_input": discrete_input}
+    options["adapter_rms"] = adapter_rms
     return MLLM(build_trunk(**(sizes | trunk)), vocabulary, tower, encoder, **options, init_std=0.5)
 
 

@@ -20,10 +20,14 @@ from illume_lightning.lit.datamodule import ImageBatch, ImageDataModule
 from illume_lightning.lit.diffusion_decoder import DiffusionDecoderModule, enlarge
 from illume_lightning.lit.dualvitok import to_float, to_uint8
 from illume_lightning.lit.reconstruction_metrics import tower_distance
+from illume_lightning.nn.condition import replace_codes
 from illume_lightning.nn.dualvitok import DualCodes, DualViTok
 from illume_lightning.nn.token_sampling import drawing_seed
 
 SCENE = "scene"
+WRONG_CODES = 0.1
+"""Share of the codes of a picture that is replaced, to see what a tokenizer bears."""
+
 ORIGINALS = "originals"
 DUALVITOK = "dualvitok"
 
@@ -50,16 +54,17 @@ class _Collected:
 
 
 @torch.no_grad()
-def score_tokenizer(model: DualViTok, data: ImageDataModule) -> Results:
-    """Pictures through codes and back, and how much of the codebooks is used.
+def score_tokenizer(model: DualViTok, data: ImageDataModule, seed: int) -> Results:
+    """Pictures through codes and back, the same with some codes wrong, and how much of the codebooks is used.
 
     Args:
         model: on its device.
         data: set up to test.
+        seed: of the wrong codes.
     """
     results = Results()
     for task, batches in _loaders(data):
-        made, originals = _Collected(), _Collected()
+        made, made_of_wrong, originals = _Collected(), _Collected(), _Collected()
         usage = {
             name: CodebookUsage(q.codebook_size).to(_device(model)) for name, q in model.quantizers.items()
         }
@@ -68,12 +73,16 @@ def score_tokenizer(model: DualViTok, data: ImageDataModule) -> Results:
             output = model(images)
             pictures = output.reconstruction.float().clamp(-1, 1)
             _measure(made, pictures, images, scenes)
+            generator = torch.Generator().manual_seed(drawing_seed(seed, task, int(batch.index[0])))
+            wrong = replace_codes(output.encoded.codes, model, WRONG_CODES, generator)
+            _measure(made_of_wrong, model.decode_codes(wrong).float().clamp(-1, 1), images, scenes)
             originals.read(images, scenes)
             for name, count in usage.items():
                 count.update(getattr(output.encoded.codes, name))
             _show(results, task, batch, pictures, scenes)
         results.scores += _scores(task, made, {}, originals)
         results.scores += _usage_scores(task, usage, len(made.values["psnr"]))
+        results.scores += _scores(f"{task}-wrong{100 * WRONG_CODES:.0f}", made_of_wrong, {}, originals)
     return results
 
 

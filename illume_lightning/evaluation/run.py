@@ -226,7 +226,7 @@ def _row_tokens(saved: SavedRun) -> int:
 
 def _score_dualvitok(saved: SavedRun, stores: dict[str, str], options: Options) -> Results:
     model = load_tokenizer(saved.checkpoint).to(choose_device(options.device))
-    return score_tokenizer(model, _pictures(saved, stores, options))
+    return score_tokenizer(model, _pictures(saved, stores, options), options.seed)
 
 
 def _score_diffusion_decoder(saved: SavedRun, stores: dict[str, str], options: Options) -> Results:

@@ -96,10 +96,20 @@ def build_trunk(
 
 
 class Adapter(nn.Sequential):
-    """Linear, GELU, linear: brings features of one branch to the language model's width (official release)."""
+    """Linear, GELU, linear: brings features of one branch to the language model's width (official release).
 
-    def __init__(self, in_features: int, width: int) -> None:
+    Args:
+        in_features: of the branch.
+        width: of the language model.
+        rms: where positive, an RMSNorm follows, whose gains start at this value.
+    """
+
+    def __init__(self, in_features: int, width: int, rms: float = 0.0) -> None:
         super().__init__(nn.Linear(in_features, width), nn.GELU(), nn.Linear(width, width))
+        if rms:
+            norm = nn.RMSNorm(width, eps=1e-6)
+            nn.init.constant_(norm.weight, rms)
+            self.append(norm)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,10 +127,15 @@ class MLLM(nn.Module):
         pixel_encoder: its output, before the tokenizer's ``pixel_quant_conv``, is the pixel feature.
         tied: the head uses the embedding's rows (Qwen2.5-3B).
         slot_grid: where positive, the side of a ``SlotEmbedding``, which tells features and codes alike where in
-            the picture they stand. Neither the paper nor the official release has it.
+            the picture they stand. It starts at zero, or as large as the features (``adapter_rms``). Neither the
+            paper nor the official release has it.
         discrete_input: pictures are input as their codes, against the paper: ids have them, no images are given,
             and vision tower, pixel encoder and adapters have no part.
         init_std: standard deviation of the initial embedding and head.
+        adapter_rms: where positive, features enter the language model with this root mean square, times learned gains;
+            about that of its words' embeddings is right. Else they are as large as the adapters make them, and where
+            these start from nothing that can be a hundred times more, so that little can be added to them, such as
+            where they stand. Neither the paper nor the official release has it.
     """
 
     def __init__(
@@ -133,6 +148,7 @@ class MLLM(nn.Module):
         slot_grid: int = 0,
         discrete_input: bool = False,
         init_std: float = 0.02,
+        adapter_rms: float = 0.0,
     ) -> None:
         super().__init__()
         width = trunk.config.hidden_size
@@ -140,11 +156,11 @@ class MLLM(nn.Module):
         self.trunk = trunk
         self.embedding = SegmentedEmbedding(vocabulary.num_text, vocabulary.num_vision, width, init_std)
         self.head = SegmentedHead(self.embedding, tied, init_std)
-        self.semantic_adapter = Adapter(semantic_encoder.out_features, width)
-        self.pixel_adapter = Adapter(pixel_encoder.latent_channels, width)
+        self.semantic_adapter = Adapter(semantic_encoder.out_features, width, adapter_rms)
+        self.pixel_adapter = Adapter(pixel_encoder.latent_channels, width, adapter_rms)
         self.semantic_encoder = semantic_encoder
         self.pixel_encoder = pixel_encoder
-        self.slot_embedding = SlotEmbedding(slot_grid, width) if slot_grid else None
+        self.slot_embedding = SlotEmbedding(slot_grid, width, adapter_rms) if slot_grid else None
         self.discrete_input = discrete_input
 
     def adapter_parameters(self) -> list[nn.Parameter]:

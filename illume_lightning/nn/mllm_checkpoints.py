@@ -167,6 +167,7 @@ def read_mllm(
         json.loads((folder / "config.json").read_text()).get("tie_word_embeddings")
     )
     slots = state.get(f"{SLOT_EMBEDDING}weight")
+    has_norms = "model.mm_projector.projector_1.3.weight" in state
     with WithoutWeights():
         mllm = MLLM(
             trunk_from(folder, attention),
@@ -175,6 +176,7 @@ def read_mllm(
             PixelEncoder() if pixel_encoder is None else hollow(pixel_encoder),
             tied,
             0 if slots is None else math.isqrt(len(slots) // 2),
+            adapter_rms=float(has_norms),
         )
     _settle_head(mllm, state, str(folder))
     for prefix, tower in ((SEMANTIC_ENCODER, semantic_encoder), (PIXEL_ENCODER, pixel_encoder)):

@@ -11,11 +11,12 @@ class SlotEmbedding(nn.Module):
     """Vectors at the nodes of a grid laid over the picture, interpolated in between (bilinear).
 
     A place is a share of the picture's height and width, so what is learned at one size holds at another.
-    Semantic and pixel cells have a grid each. Parameter ``weight`` (2 * side^2, width) starts at zero.
+    Semantic and pixel cells have a grid each, in the parameter ``weight`` (2 * side^2, width).
 
     Args:
         side: nodes along the height and along the width, at least 2.
         width: of the language model.
+        std: standard deviation of the initial vectors; by default they start at zero.
 
     Raises:
         ValueError: if ``side`` is less than 2.
@@ -24,13 +25,13 @@ class SlotEmbedding(nn.Module):
     nodes: Tensor
     shares: Tensor
 
-    def __init__(self, side: int, width: int) -> None:
+    def __init__(self, side: int, width: int, std: float = 0.0) -> None:
         super().__init__()
         if side < 2:
             raise ValueError(
                 f"slot_grid is {side}: choose at least 2 nodes a side, or 0 for no slot embedding"
             )
-        self.weight = nn.Parameter(torch.zeros(2 * side**2, width))
+        self.weight = nn.Parameter(std * torch.randn(2 * side**2, width))
         nodes, shares = _corners(side)
         self.register_buffer("nodes", nodes, persistent=False)
         self.register_buffer("shares", shares, persistent=False)

@@ -196,10 +196,16 @@ def test_a_tokenizer_is_scored_at_every_size(world, tmp_path):
         "pixel_usage",
         "pixel_perplexity",
     }
-    assert set(scores) == {(f"shapes-{side}", name) for side in (32, 64) for name in names}
+    wrong = {"psnr", "ssim", "scene"}
+    assert set(scores) == {(f"shapes-{side}", name) for side in (32, 64) for name in names} | {
+        (f"shapes-{side}-wrong10", name) for side in (32, 64) for name in wrong
+    }
+    assert scores["shapes-64-wrong10", "psnr"].value != scores["shapes-64", "psnr"].value
     assert scores["shapes-64", "scene"].baselines == {"originals": 1.0}
     assert 0 < scores["shapes-64", "pixel_usage"].value <= 3 * 16 / 96
     assert {sample.task for sample in sheet.samples} == {"shapes-32", "shapes-64"}
+    again, _ = evaluate_run(world / "dualvitok", QUICK, tmp_path / "again")
+    assert again.scores == sheet.scores
     assert sheet.samples[0].prompt.endswith("background")
 
 

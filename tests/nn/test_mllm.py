@@ -205,6 +205,26 @@ def test_slot_embedding_starts_as_nothing_and_learns_the_slots_that_occur() -> N
     assert plain(**batch, slot_ids=slot_ids).loss == plain(**batch).loss
 
 
+def test_features_enter_as_large_as_words() -> None:
+    torch.manual_seed(0)
+    mllm = build_mllm(adapter_rms=0.05, slot_grid=8)
+    torch.testing.assert_close(mllm.slot_embedding.weight.std(), torch.tensor(0.05), rtol=0.1, atol=0)
+    mllm.slot_embedding = None
+    with torch.no_grad():
+        mllm.pixel_adapter[2].weight.mul_(1000)
+    batch = pack([DOCUMENTS], length=120)
+    slots = torch.cat([batch["semantic_slots"], batch["pixel_slots"]])
+    embeds = mllm.embed(*(batch[name] for name in ("ids", "images", "semantic_slots", "pixel_slots")))
+    features = embeds.flatten(0, 1)[slots]
+    torch.testing.assert_close(features.square().mean(1).sqrt(), torch.full((len(slots),), 0.05))
+    _, _, gradients = step(mllm, batch)
+    for name in ("semantic", "pixel"):
+        assert gradients[f"{name}_adapter.3.weight"].abs().sum() > 0
+    assert {id(parameter) for parameter in mllm.pixel_adapter.parameters()} < set(
+        map(id, mllm.adapter_parameters())
+    )
+
+
 def test_weights_of_tokens_count(mllm: MLLM) -> None:
     batch = pack([DOCUMENTS], length=120)
     weights = torch.zeros(len(batch["targets"]))

@@ -261,10 +261,12 @@ def save_published(mllm: MLLM, folder: Path, leave_out: tuple[str, ...] = ()) ->
     return folder
 
 
-@pytest.mark.parametrize(("tied", "slot_grid"), [(False, 0), (True, 4)])
-def test_a_model_is_built_from_its_folder(tmp_path: Path, tied: bool, slot_grid: int) -> None:
+@pytest.mark.parametrize(("tied", "slot_grid", "adapter_rms"), [(False, 0, 0.0), (True, 4, 0.05)])
+def test_a_model_is_built_from_its_folder(
+    tmp_path: Path, tied: bool, slot_grid: int, adapter_rms: float
+) -> None:
     torch.manual_seed(0)
-    saved = build_mllm(tied, slot_grid)
+    saved = build_mllm(tied, slot_grid, adapter_rms=adapter_rms)
     folder = save_published(saved, tmp_path / "out")
     towers = build_mllm()
     before = {key: value.clone() for key, value in towers.state_dict().items()}

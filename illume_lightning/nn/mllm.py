@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2Model
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.utils import is_flash_attn_2_available
 from transformers.vision_utils import get_vision_position_ids
 
@@ -107,7 +108,7 @@ class Adapter(nn.Sequential):
     def __init__(self, in_features: int, width: int, rms: float = 0.0) -> None:
         super().__init__(nn.Linear(in_features, width), nn.GELU(), nn.Linear(width, width))
         if rms:
-            norm = nn.RMSNorm(width, eps=1e-6)
+            norm = Qwen2RMSNorm(width, eps=1e-6)
             nn.init.constant_(norm.weight, rms)
             self.append(norm)
 

@@ -39,28 +39,45 @@ def test_every_run_parses_with_every_hardware(run: str, hardware: str) -> None:
         assert config["trainer"]["accelerator"] == name
 
 
-@pytest.mark.parametrize("claim", ["pixel_first", "discrete_input"])
-def test_a_claim_is_switched_off_in_every_stage_and_nothing_else(claim: str) -> None:
-    folders = set()
-    for number in (1, 2, 3):
-        run, overlay = f"shapes/mllm_stage{number}.yaml", f"ablations/claims/{claim}.yaml"
-        plain, config = parse(run), parse(run, overlay)
-        folder = Path(config["trainer"]["default_root_dir"])
-        folders.add(folder)
-        assert folder.parts[:4] == ("runs", "ablations", "claims", claim) and folder.name == "seed0"
-        assert config["trainer"]["callbacks"][-2]["init_args"]["dirpath"] == f"{folder}/checkpoints"
-        mllm = config["model"]["init_args"]["mllm"]["init_args"]
-        options = mllm["vocabulary"] if claim == "pixel_first" else mllm
-        assert options[claim] is True
-        options[claim] = False
-        assert all(config[section] == plain[section] for section in ("model", "data", "curriculum"))
-    assert len(folders) == 3
+@pytest.mark.parametrize(
+    ("claim", "task"), [("pixel_first", "generation"), ("discrete_input", "understanding")]
+)
+def test_a_claim_is_switched_off_and_nothing_else(claim: str, task: str) -> None:
+    base = ("shapes/mllm_stage2.yaml", f"ablations/claims/{task}.yaml")
+    plain, config = parse(*base), parse(*base, f"ablations/claims/{claim}.yaml")
+    for name, found in ((task, plain), (claim, config)):
+        folder = f"runs/ablations/claims/{name}/seed0"
+        assert found["trainer"]["default_root_dir"] == folder
+        assert found["trainer"]["callbacks"][-2]["init_args"]["dirpath"] == f"{folder}/checkpoints"
+        assert found["curriculum"]["phases"][-1]["until_step"] == found["trainer"]["max_steps"]
+    assert set(plain["data"]["init_args"]["train"]) == {task}
+    mllm = config["model"]["init_args"]["mllm"]["init_args"]
+    options = mllm["vocabulary"] if claim == "pixel_first" else mllm
+    assert options[claim] is True
+    options[claim] = False
+    assert all(config[section] == plain[section] for section in ("model", "data", "curriculum"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_full_setting_is_the_quick_one_for_longer(stage: int) -> None:
+    run = f"shapes/mllm_stage{stage}.yaml"
+    quick, full = parse(run), parse(run, f"shapes/full/mllm_stage{stage}.yaml")
+    assert full["trainer"]["default_root_dir"] == f"runs/shapes-full/mllm_stage{stage}/seed0"
+    steps = full["trainer"]["max_steps"]
+    assert steps > quick["trainer"]["max_steps"]
+    assert full["curriculum"]["phases"][-1]["until_step"] == steps
+    assert full["model"]["init_args"]["lr_scheduler"]["init_args"]["T_max"] == steps
+    for section in (quick, full):
+        section["model"]["init_args"].pop("lr_scheduler")
+    assert full["model"] == quick["model"]
+    held_out = ("val", "test")
+    assert all(full["data"]["init_args"][part] == quick["data"]["init_args"][part] for part in held_out)
 
 
 def test_the_noise_is_switched_off_and_nothing_else() -> None:
-    plain, config = (
-        parse("shapes/dualvitok.yaml", *overlay) for overlay in ([], ["ablations/claims/no_noise.yaml"])
-    )
+    base = ("shapes/dualvitok.yaml", "ablations/claims/tokenizer.yaml")
+    plain, config = parse(*base), parse(*base, "ablations/claims/no_noise.yaml")
+    assert plain["trainer"]["default_root_dir"] == "runs/ablations/claims/tokenizer/seed0"
     assert config["trainer"]["default_root_dir"] == "runs/ablations/claims/no_noise/seed0"
     noise = config["model"]["init_args"]["model"]["init_args"]["noise"]["init_args"]
     assert noise["kind"] == "none"

@@ -102,14 +102,17 @@ def test_parts_are_named(world: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", sorted((ROOT / "experiments").glob("*/schedule.yaml")), ids=lambda p: p.parent.name
+    "file",
+    sorted((ROOT / "experiments").rglob("schedule*.yaml")),
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
 def test_shipped_schedules(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step after the first fit builds on an earlier one."""
+    """Every step after the first fit builds on an earlier one, but fits of claims on the quick setting's tokenizer."""
     monkeypatch.chdir(ROOT)
     schedule = read_schedule(file, 5)
-    assert schedule.world == file.parent.name
+    assert schedule.world == file.parent.name + file.stem.removeprefix("schedule").replace("_", "-")
+    begins = ("prepare", "report", *(["fit"] if schedule.world == "claims" else []))
     first = next(number for number, step in enumerate(schedule.steps) if step.is_fit)
     for number, step in enumerate(schedule.steps[first + 1 :], first + 1):
-        if step.command[0] not in ("prepare", "report"):
+        if step.command[0] not in begins:
             assert step.mentioned([earlier.output for earlier in schedule.steps[:number]]), step.name

@@ -59,6 +59,15 @@ benchmark: setup ## Measure quantiser, training step, loader, decoder and loss; 
 benchmark-generation: setup ## Measure the generation engine against Hugging Face's generate (about 10 minutes on 2 cores)
 	$(BIN)/python benchmarks/generation.py
 
+.PHONY: benchmark-gpu
+benchmark-gpu: setup ## Measure training, options for speed and generation on an NVIDIA GPU (under 8 minutes)
+	$(BIN)/python benchmarks/gpu.py
+
+.PHONY: benchmark-training
+benchmark-training: setup ## Measure the modules against bare loops, and two processes against one (about 15 minutes)
+	$(BIN)/python benchmarks/modules.py
+	$(BIN)/python benchmarks/ddp.py
+
 .PHONY: clean
 clean: ## Remove the virtual environment and caches; data and runs stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

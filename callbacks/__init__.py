@@ -10,10 +10,12 @@ from callbacks.reconstruction_grid import ReconstructionGrid
 from callbacks.resolution_curriculum import ResolutionCurriculum
 from callbacks.result_table import ResultTable
 from callbacks.start_from_qwen import StartFromQwen
+from callbacks.tf32 import TF32
 from callbacks.throughput import Throughput
 from callbacks.warm_start import WarmStart
 
 __all__ = [
+    "TF32",
     "Checkpoint",
     "ExactResume",
     "GenerationScores",

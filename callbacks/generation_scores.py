@@ -54,18 +54,13 @@ class GenerationScores(L.Callback):
             return
         datamodule: Any = trainer.datamodule
         module: Any = pl_module
-        trained = [parameter for parameter in module.model.parameters() if parameter.requires_grad]
-        try:
-            illume = self._illume(trainer, module)
-            for name, task in datamodule.tasks["validate"].items():
-                held_out = read_held_out(ConversationStore(task.path), self.limit)
-                if illume.tokenizer is None:
-                    held_out.wishes = []
-                for score in score_task(illume, name, held_out, seed=0, blind=False).scores:
-                    pl_module.log(f"val/{name}/{score.name}", score.value, rank_zero_only=False)
-        finally:
-            for parameter in trained:  # `Illume` freezes its model
-                parameter.requires_grad_(True)
+        illume = self._illume(trainer, module)
+        for name, task in datamodule.tasks["validate"].items():
+            held_out = read_held_out(ConversationStore(task.path), self.limit)
+            if illume.tokenizer is None:
+                held_out.wishes = []
+            for score in score_task(illume, name, held_out, seed=0, blind=False).scores:
+                pl_module.log(f"val/{name}/{score.name}", score.value, rank_zero_only=False)
 
     def _illume(self, trainer: L.Trainer, module: Any) -> Illume:
         data: Any = trainer.datamodule

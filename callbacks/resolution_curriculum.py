@@ -8,7 +8,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from illume_lightning.data.schedule import Phase, Schedule
 from illume_lightning.lit.planned_data import replica
-from illume_lightning.lit.strategy import check_batches
 
 
 class ResolutionCurriculum(L.Callback):
@@ -53,7 +52,6 @@ class ResolutionCurriculum(L.Callback):
             return
         self._world_size = replica(trainer)[1]
         self._phase = None
-        check_batches(self.schedule.phases, self._world_size)
         accumulation = max(phase.accumulation(self._world_size) for phase in self.schedule.phases)
         if accumulation > 1 and pl_module.automatic_optimization:
             raise ValueError(

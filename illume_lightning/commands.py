@@ -293,7 +293,7 @@ def consolidate(folder: str, file: str) -> None:
 
     Args:
         folder: sharded checkpoint, such as RUN/checkpoints/last.ckpt of a run with strategy fsdp2_sharded.
-        file: to write.
+        file: to write; the folder's own path puts it in the folder's place, which is kept as FOLDER.sharded.
     """
     from illume_lightning.nn.sharded_checkpoint import consolidate as write_one_file
 

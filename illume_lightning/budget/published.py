@@ -2,17 +2,19 @@
 
 import warnings
 
+import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from illume_lightning.budget.dry_step import default_type
 from illume_lightning.nn.latents import VAELatents
 from illume_lightning.nn.losses import Perceptual
 
 
 def sdxl_latents() -> VAELatents:
-    """SDXL's autoencoder (sizes of the ``vae/config.json`` of stabilityai/stable-diffusion-xl-base-1.0)."""
-    return VAELatents(
-        vae=AutoencoderKL(
+    """SDXL's autoencoder (sizes of the ``vae/config.json`` of stabilityai/stable-diffusion-xl-base-1.0), in fp32."""
+    with default_type(torch.float32):
+        vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(128, 256, 512, 512),
@@ -20,7 +22,7 @@ def sdxl_latents() -> VAELatents:
             latent_channels=4,
             scaling_factor=0.13025,
         )
-    )
+    return VAELatents(vae=vae)
 
 
 class UntrainedPerceptual(Perceptual):

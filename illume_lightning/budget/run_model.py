@@ -16,7 +16,7 @@ from illume_lightning.budget.dry_step import PRECISIONS, Precision, default_type
 from illume_lightning.data.schedule import Phase, Schedule
 from illume_lightning.lit.cli import IllumeCLI
 from illume_lightning.lit.mllm import MLLMStage
-from illume_lightning.lit.strategy import check_trainer_options
+from illume_lightning.lit.strategy import check_half_weights, check_trainer_options
 from illume_lightning.lit.training import TrainingModule
 from illume_lightning.nn.checkpoints import build_official
 from illume_lightning.nn.dualvitok import DualViTok
@@ -90,11 +90,12 @@ def read_run(
         raise ValueError(
             f"trainer.precision {name!r} can't be planned: choose one of {', '.join(PRECISIONS)}"
         )
-    phases = [Phase(**phase) for phase in config["curriculum"]["phases"]]
+    schedule = Schedule([Phase(**phase) for phase in config["curriculum"]["phases"]])
     callbacks = config["trainer"]["callbacks"] or []
+    check_half_weights(name, callbacks, "fit")
     # On the CPU, where any number of devices is there.
     asked = {"accelerator": "cpu", "devices": devices, "strategy": strategy, "callbacks": callbacks}
-    check_trainer_options(asked, phases, config["model"])
+    check_trainer_options(asked, schedule.phases, config["model"])
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with default_type(PRECISIONS[name].weights):
         with fake:
@@ -114,7 +115,7 @@ def read_run(
     return RunModel(
         module,
         fake,
-        Schedule(phases),
+        schedule,
         config["data"]["init_args"],
         name,
         any(callback["class_path"].endswith("WeightAveraging") for callback in callbacks),

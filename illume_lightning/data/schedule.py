@@ -1,7 +1,7 @@
 """The phases of a progressive run (paper 3.4): arithmetic between steps, micro-batches and samples."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple, get_args
@@ -67,16 +67,25 @@ class Phase:
         """Micro-batches that every device runs for one training step.
 
         Raises:
-            ValueError: if `batch_size` is not a multiple of what all devices take at once.
+            ValueError: if devices or micro-batches can't share `batch_size` evenly; names the nearest numbers that can.
         """
-        at_once = self.micro_batch_size * world_size
-        if self.batch_size % at_once:
+        batch, micro = self.batch_size, self.micro_batch_size
+        where = f"the phase until step {self.until_step} has a batch_size of {batch}"
+        share, left = divmod(batch, world_size)
+        if left:
+            batches = _nearest(batch, (share * world_size, (share + 1) * world_size))
             raise ValueError(
-                f"phase until step {self.until_step}: batch_size {self.batch_size} is not a multiple of "
-                f"micro_batch_size {self.micro_batch_size} x {world_size} devices = {at_once}; choose a "
-                f"micro_batch_size that divides {self.batch_size} / {world_size}"
+                f"{where}, which {world_size} processes can't share evenly: use "
+                f"{_nearest(world_size, _divisors(batch))} processes (trainer.devices x trainer.num_nodes), or a "
+                f"batch_size of {batches}"
             )
-        return self.batch_size // at_once
+        if share % micro:
+            processes = f", {share} for each of {world_size} processes," if world_size > 1 else ""
+            raise ValueError(
+                f"{where}{processes} and a micro_batch_size of {micro}, which does not divide {share}: use "
+                f"{_nearest(micro, _divisors(share))}"
+            )
+        return share // micro
 
 
 class MicroBatch(NamedTuple):
@@ -202,3 +211,17 @@ def _check(phases: Sequence[Phase]) -> None:
         previous = phase.until_step
     if len({phase.lr is None for phase in phases}) > 1:
         raise ValueError("lr is given for some phases only; give it for all of them or for none")
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _nearest(wanted: int, numbers: Iterable[int]) -> str:
+    """The largest below and the smallest above, where there are such: ``4 or 6``."""
+    numbers = [number for number in numbers if number > 0]
+    found = [
+        max((n for n in numbers if n <= wanted), default=0),
+        min((n for n in numbers if n >= wanted), default=0),
+    ]
+    return " or ".join(str(number) for number in dict.fromkeys(found) if number)

@@ -139,7 +139,7 @@ def score_text(mllm: MLLM, name: str, batches: Iterable[PackedBatch]) -> Score:
             slot_ids=moved["slot_ids"],
         )
         answers = batch.answers.numpy()
-        nats += np.bincount(answers, output.token_losses.double().cpu().numpy()).tolist()
+        nats += np.bincount(answers, output.token_losses.cpu().double().numpy()).tolist()
         tokens += np.bincount(answers).tolist()
     return Score.of(name, "perplexity", perplexity(nats, tokens), "perplexity")
 

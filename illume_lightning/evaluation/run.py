@@ -26,6 +26,7 @@ from illume_lightning.lit.planned_data import open_store
 from illume_lightning.lit.saved_run import SavedRun
 from illume_lightning.lit.tokenizer import load_tokenizer
 from illume_lightning.lit.worker import Drawing
+from illume_lightning.nn.sharded_checkpoint import require_file
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,10 @@ def evaluate_run(
             f"limit is {options.limit}: evaluate at least 1 conversation or picture of each store"
         )
     saved = SavedRun(run)
+    require_file(saved.checkpoint, "`illume evaluate`")
     part, folder = _part(saved), Path(out) if out is not None else saved.folder / "scores"
-    stores = _stores(saved, options.split)
+    kind = ConversationStore if part == "mllm" else ImageStore
+    stores = {task: open_store(kind, path) for task, path in _stores(saved, options.split).items()}
     step, is_finished = _progress(saved)
     settings = _settings(saved, part, stores, options) | {"finished": is_finished}
     digest = sha256(saved.checkpoint)
@@ -149,16 +152,14 @@ def _progress(saved: SavedRun) -> tuple[int, bool]:
     return step, steps is None or step >= steps
 
 
-def _settings(saved: SavedRun, part: Part, stores: dict[str, str], options: Options) -> dict[str, Any]:
+def _settings(saved: SavedRun, part: Part, stores: dict[str, Any], options: Options) -> dict[str, Any]:
     """All that decides the scores beside the checkpoint and the seed."""
-    kind = ConversationStore if part == "mllm" else ImageStore
-    opened = {task: open_store(kind, path) for task, path in stores.items()}
     settings: dict[str, Any] = {
         "run_seed": saved.section("seed_everything"),
         "limit": options.limit,
         "stores": {
-            task: {"path": stores[task], "fingerprint": store.manifest.fingerprint}
-            for task, store in opened.items()
+            task: {"path": store.location, "fingerprint": store.manifest.fingerprint}
+            for task, store in stores.items()
         },
         "device": choose_device(options.device).type,
     }
@@ -178,7 +179,7 @@ def _tokenizer(saved: SavedRun, options: Options) -> str | None:
 # -- what it is held against -----------------------------------------------------------------------------------
 
 
-def _score_mllm(saved: SavedRun, stores: dict[str, str], options: Options) -> Results:
+def _score_mllm(saved: SavedRun, stores: dict[str, Any], options: Options) -> Results:
     illume = Illume.from_run(
         saved.checkpoint,
         _tokenizer(saved, options),
@@ -189,7 +190,7 @@ def _score_mllm(saved: SavedRun, stores: dict[str, str], options: Options) -> Re
         defaults=options.drawing.defaults(),
     )
     _conversations(saved, illume, stores, options).setup("test")  # refuses what does not fit the model
-    tasks = {task: read_held_out(ConversationStore(path), options.limit) for task, path in stores.items()}
+    tasks = {task: read_held_out(store, options.limit) for task, store in stores.items()}
     making = [name for name, task in tasks.items() if task.wishes]
     if making and illume.tokenizer is None:
         raise ValueError(
@@ -208,12 +209,12 @@ def _score_mllm(saved: SavedRun, stores: dict[str, str], options: Options) -> Re
 
 
 def _conversations(
-    saved: SavedRun, illume: Illume, stores: dict[str, str], options: Options
+    saved: SavedRun, illume: Illume, stores: dict[str, Any], options: Options
 ) -> ConversationDataModule:
     return ConversationDataModule(
         str(illume.text_tokenizer.folder),
         illume.mllm.vocabulary,
-        test={task: Conversations(path) for task, path in stores.items()},
+        test={task: Conversations(store.location) for task, store in stores.items()},
         row_tokens=_row_tokens(saved),
         val_limit=options.limit,
         num_workers=0,
@@ -224,12 +225,12 @@ def _row_tokens(saved: SavedRun) -> int:
     return saved.section("data", "init_args", "row_tokens") or _ROW_TOKENS
 
 
-def _score_dualvitok(saved: SavedRun, stores: dict[str, str], options: Options) -> Results:
+def _score_dualvitok(saved: SavedRun, stores: dict[str, Any], options: Options) -> Results:
     model = load_tokenizer(saved.checkpoint).to(choose_device(options.device))
     return score_tokenizer(model, _pictures(saved, stores, options), options.seed)
 
 
-def _score_diffusion_decoder(saved: SavedRun, stores: dict[str, str], options: Options) -> Results:
+def _score_diffusion_decoder(saved: SavedRun, stores: dict[str, Any], options: Options) -> Results:
     path = _tokenizer(saved, options)
     if path is None:
         raise ValueError(
@@ -241,16 +242,17 @@ def _score_diffusion_decoder(saved: SavedRun, stores: dict[str, str], options: O
     return score_diffusion_decoder(module, _pictures(saved, stores, options), options.seed)
 
 
-def _pictures(saved: SavedRun, stores: dict[str, str], options: Options) -> ImageDataModule:
+def _pictures(saved: SavedRun, stores: dict[str, Any], options: Options) -> ImageDataModule:
     """Held-out pictures at the sizes of the run's validation."""
     arguments = saved.section("data", "init_args")
     given = {name: arguments[name] for name in _IMAGE_OPTIONS if arguments.get(name) is not None}
-    data = ImageDataModule(test=stores, val_limit=options.limit, num_workers=0, **given)
+    paths = {task: store.location for task, store in stores.items()}
+    data = ImageDataModule(test=paths, val_limit=options.limit, num_workers=0, **given)
     data.setup("test")
     return data
 
 
-_SCORERS: dict[Part, Callable[[SavedRun, dict[str, str], Options], Results]] = {
+_SCORERS: dict[Part, Callable[[SavedRun, dict[str, Any], Options], Results]] = {
     "mllm": _score_mllm,
     "dualvitok": _score_dualvitok,
     "diffusion_decoder": _score_diffusion_decoder,

@@ -9,11 +9,13 @@ from typing import Any
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from illume_lightning.host_memory import keep_freed_memory
 from illume_lightning.lit.npu_strategies import trainer_options
 from illume_lightning.lit.strategy import check_config
+from illume_lightning.nn.sharded_checkpoint import require_file
 
 
 class IllumeCLI(LightningCLI):
@@ -77,6 +79,7 @@ class IllumeCLI(LightningCLI):
         """Continue an interrupted run."""
         last = self._last_checkpoint()
         if self._given_checkpoint() is None and last.exists():
+            self._check_kind(last)
             self.config_init["fit"]["ckpt_path"] = str(last)
 
     def before_validate(self) -> None:
@@ -100,13 +103,21 @@ class IllumeCLI(LightningCLI):
                 raise FileNotFoundError(
                     f"no checkpoint at {last}: run `illume fit` first, or give --ckpt_path."
                 )
+            self._check_kind(last)
             self.config_init[command]["ckpt_path"] = str(last)
 
     def _given_checkpoint(self) -> str | None:
         given = self.config_init[str(self.subcommand)].get("ckpt_path")
-        if given not in (None, "best", "last", "hpc") and not Path(given).exists():
-            raise FileNotFoundError(f"--ckpt_path: no file {given}.")
+        if given not in (None, "best", "last", "hpc"):
+            if not Path(given).exists():
+                raise FileNotFoundError(f"--ckpt_path: no file {given}.")
+            self._check_kind(given)
         return given
+
+    def _check_kind(self, checkpoint: str | Path) -> None:
+        """Of a folder that FSDP2's devices wrote only they can go on."""
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            require_file(checkpoint, f"a run without FSDP2 ({type(self.trainer.strategy).__name__})")
 
     def _last_checkpoint(self) -> Path:
         return Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"

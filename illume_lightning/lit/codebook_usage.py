@@ -11,9 +11,9 @@ class CodebookHealth(NamedTuple):
     """What ``CodebookUsage`` computes.
 
     Attributes:
-        usage: share of codes seen at least once, in [0, 1].
-        perplexity: exponential of the entropy of the code histogram; the codebook size at most.
-        dead: number of codes never seen.
+        usage: share of codes seen at least once, in [0, 1], fp32.
+        perplexity: exponential of the entropy of the code histogram; the codebook size at most. fp32.
+        dead: number of codes never seen, int64.
     """
 
     usage: Tensor
@@ -42,7 +42,7 @@ class CodebookUsage(Metric):
 
     def compute(self) -> CodebookHealth:
         """Usage, perplexity and number of dead codes."""
-        share = self.counts.double() / self.counts.sum().clamp_min(1)
+        share = self.counts.float() / self.counts.sum().clamp_min(1)
         seen = self.counts > 0
         entropy = -(share[seen] * share[seen].log()).sum()
-        return CodebookHealth(seen.double().mean(), entropy.exp(), (~seen).sum())
+        return CodebookHealth(seen.float().mean(), entropy.exp(), (~seen).sum())

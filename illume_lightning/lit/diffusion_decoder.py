@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from illume_lightning.data.latents import LatentBatch
 from illume_lightning.lit.datamodule import ImageBatch
 from illume_lightning.lit.dualvitok import to_float, to_uint8
+from illume_lightning.lit.memory_layout import follow_weights, use_channels_last
 from illume_lightning.lit.reconstruction_metrics import Distance, PictureMetrics, tower_distance
 from illume_lightning.lit.saved_run import SavedRun
 from illume_lightning.lit.sharding import shard
@@ -64,6 +66,11 @@ class DiffusionDecoderModule(TrainingModule):
         wrong_tokens: share of codes replaced in the second half of validation, which measures robustness.
         perceptual: LPIPS network for validation.
         fid_features: feature network of the Frechet distance in validation.
+        checkpoint_activations: compute the activations of the UNet's blocks again in the backward pass instead of
+            keeping them.
+        channels_last: memory order of UNet and VAE; not for NPUs, nor with FSDP2.
+        compile: compile the UNet, in training and sampling; not for NPUs. Kernels are made for the first size, and
+            when batch or picture sizes change once more, for all sizes.
     """
 
     def __init__(
@@ -78,6 +85,9 @@ class DiffusionDecoderModule(TrainingModule):
         wrong_tokens: float = 0.1,
         perceptual: nn.Module | None = None,
         fid_features: nn.Module | None = None,
+        checkpoint_activations: bool = False,
+        channels_last: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__(gradient_clip)
         self.model = decoder
@@ -90,6 +100,12 @@ class DiffusionDecoderModule(TrainingModule):
         self._fid_features = fid_features
         self._metrics: dict[str, PictureMetrics] = {}
         self.fingerprint = ""
+        if checkpoint_activations:
+            decoder.unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+        if channels_last:
+            use_channels_last(decoder)
+        if compile:
+            decoder.unet.compile()
 
     # -- parts -----------------------------------------------------------------------------------------------
 
@@ -124,7 +140,7 @@ class DiffusionDecoderModule(TrainingModule):
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
         """The UNet's optimizer, and its schedule where there is one."""
-        optimizer = self._optimizer(self.model.unet.parameters())
+        optimizer = follow_weights(self._optimizer(self.model.unet.parameters()))
         return [optimizer], [] if self._lr_scheduler is None else [self._lr_scheduler(optimizer)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

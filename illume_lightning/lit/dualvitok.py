@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from illume_lightning.lit.codebook_usage import CodebookUsage
 from illume_lightning.lit.datamodule import ImageBatch
+from illume_lightning.lit.memory_layout import follow_weights, use_channels_last
 from illume_lightning.lit.reconstruction_metrics import ReconstructionMetrics
 from illume_lightning.lit.training import TrainingModule
 from illume_lightning.nn.discriminator import PatchDiscriminator
 from illume_lightning.nn.dualvitok import DualViTok, DualViTokOutput
 from illume_lightning.nn.losses import DualViTokLoss, Perceptual
+from illume_lightning.nn.pixel import ResBlock
+from illume_lightning.nn.recompute import recompute
+from illume_lightning.nn.semantic import VisionBlock
 
 
 @dataclass
@@ -52,6 +56,17 @@ class DualViTokModule(TrainingModule):
         codebook_start: warm-up and data-dependent codebooks for small worlds.
         fid_features: feature network of the Frechet distance in validation; ``None`` leaves it out. Only the
             Inception network of torch-fidelity makes it an rFID.
+        checkpoint_activations: compute the activations of residual and transformer blocks again in the backward pass
+            instead of keeping them.
+        channels_last: memory order of pixel encoder, pixel decoder and discriminator; not for NPUs.
+        compile: compile pixel encoder and pixel decoder, where nearly all the work is; not for NPUs. Vision tower,
+            quantisers and noise have steps that hang on values, and stay as they are. Kernels are made for the first
+            size, and when batch or picture sizes change once more, for all sizes: the curriculum makes no more than
+            three. Validation has its own.
+
+    Raises:
+        ValueError: if a loss is given without its network or a network without its loss, or ``compile`` and
+            ``loss.adaptive_weight`` together.
     """
 
     def __init__(
@@ -66,6 +81,9 @@ class DualViTokModule(TrainingModule):
         gradient_clip: float = 1.0,
         codebook_start: CodebookStart | None = None,
         fid_features: nn.Module | None = None,
+        checkpoint_activations: bool = False,
+        channels_last: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__(gradient_clip)
         if (perceptual is None) != (loss.perceptual_weight == 0):
@@ -80,6 +98,11 @@ class DualViTokModule(TrainingModule):
                 f"{'missing' if discriminator is None else 'given'}: give both, or set the weight to 0 and "
                 "leave discriminator out."
             )
+        if compile and loss.adaptive_weight:
+            raise ValueError(
+                "loss.adaptive_weight asks for gradients within the pixel decoder, which a compiled one has not: turn "
+                "it or compile off"
+            )
         self.model = model
         self.loss = loss
         self.discriminator = discriminator
@@ -91,6 +114,15 @@ class DualViTokModule(TrainingModule):
         self._optimizer, self._discriminator_optimizer = optimizer, discriminator_optimizer
         self._lr_scheduler = lr_scheduler
         self.codebook_start = codebook_start
+        if checkpoint_activations:
+            recompute(block for block in model.modules() if isinstance(block, ResBlock | VisionBlock))
+        for network in (model.pixel_encoder, model.pixel_decoder, discriminator):
+            if network is None:
+                continue
+            if channels_last:
+                use_channels_last(network)
+            if compile and network is not discriminator:
+                network.compile()
 
     # -- optimizers ------------------------------------------------------------------------------------------
 
@@ -100,6 +132,8 @@ class DualViTokModule(TrainingModule):
         optimizers = [self._optimizer(trainable)]
         if self.discriminator is not None:
             optimizers.append(self._discriminator_optimizer(self.discriminator.parameters()))
+        for optimizer in optimizers:
+            follow_weights(optimizer)
         if self._lr_scheduler is None:
             return optimizers, []
         return optimizers, [self._lr_scheduler(optimizer) for optimizer in optimizers]

@@ -19,7 +19,7 @@ from illume_lightning.image_layout import image_layout
 from illume_lightning.lit.device import choose_device
 from illume_lightning.lit.diffusion_decoder import DiffusionDecoderModule
 from illume_lightning.lit.dualvitok import to_uint8
-from illume_lightning.lit.parts import load_decoders, load_published, load_run, place
+from illume_lightning.lit.parts import load_decoders, load_published, load_run
 from illume_lightning.lit.prompts import (
     Asked,
     Chat,
@@ -78,7 +78,7 @@ class Illume:
         context: int = 4096,
         pack: bool = True,
     ) -> None:
-        self.mllm, self.text_tokenizer = mllm.requires_grad_(False), text_tokenizer
+        self.mllm, self.text_tokenizer = mllm, text_tokenizer
         self.tokenizer, self.diffusion_decoder = tokenizer, diffusion_decoder
         self.prompts = Prompts(
             mllm.vocabulary,
@@ -124,7 +124,7 @@ class Illume:
             ValueError: if the parts don't belong together.
         """
         saved = SavedRun(run)
-        mllm = load_run(saved)
+        mllm = load_run(saved).to(choose_device(device), dtype)
         tokenizer = tokenizer or saved.section("model", "init_args", "tokenizer")
         parts = load_decoders(tokenizer, diffusion_decoder, choose_device(device))
         if parts[0] is not None:
@@ -133,7 +133,6 @@ class Illume:
         data = saved.section("data", "init_args")
         given = {**sizes_of(phase), "release_prompts": bool(data.get("release_prompts"))}
         text_tokenizer = TextTokenizer(data["text_tokenizer"])
-        mllm = place(mllm, choose_device(device), dtype)
         return cls(mllm, text_tokenizer, *parts, **(given | options))
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 
@@ -19,7 +20,7 @@ class LoRA:
     """Of their input in training."""
 
     def put_into(self, trunk: nn.Module) -> None:
-        """Add the matrices.
+        """Add the matrices; they follow from the run's seed alone, so that all devices begin with the same.
 
         Raises:
             ImportError: if peft is missing.
@@ -31,7 +32,9 @@ class LoRA:
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules="all-linear"
         )
-        inject_adapter_in_model(config, trunk)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())
+            inject_adapter_in_model(config, trunk)
 
     @staticmethod
     def parameters(trunk: nn.Module) -> list[nn.Parameter]:

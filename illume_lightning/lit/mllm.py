@@ -246,7 +246,7 @@ class MLLMStage(TrainingModule):
             pixel_slots=batch.pixel_slots,
             target_positions=batch.target_positions,
             targets=ids.flatten()[batch.target_positions + 1],
-            weights=torch.full(batch.target_positions.shape, weight, device=ids.device),
+            weights=torch.full(batch.target_positions.shape, weight, dtype=torch.float32, device=ids.device),
             slot_ids=batch.slot_ids,
             z_loss=self.z_loss,
         )

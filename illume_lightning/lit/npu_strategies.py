@@ -137,15 +137,6 @@ class NPUFSDP2Strategy(_ReducesBySum, FSDP2Strategy):
                 module.set_force_sum_reduction_for_comms(True)  # HCCL has no average
         super().setup(trainer)
 
-    @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Make it known, with checkpoints of one file and of a folder."""
-        strategy_registry.register(cls.strategy_name, cls, "shards on NPUs; checkpoints are files")
-        name = f"{cls.strategy_name}_sharded"
-        strategy_registry.register(
-            name, cls, "shards on NPUs; checkpoints are folders", save_distributed_checkpoint=True
-        )
-
 
 for _strategy in (NPUSingleDeviceStrategy, NPUDDPStrategy, NPUFSDP2Strategy):
     _strategy.register_strategies(StrategyRegistry)

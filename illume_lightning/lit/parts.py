@@ -27,7 +27,7 @@ look at, and its own unconditional prompts."""
 
 
 def load_run(run: SavedRun) -> MLLM:
-    """The language model of a run, with its weights; low-rank matrices are part of it.
+    """The language model of a run, with its weights, frozen and in evaluation mode; with low-rank matrices, if any.
 
     Raises:
         ValueError: if it is no run of an MLLM stage, or the weights don't fit.
@@ -35,17 +35,7 @@ def load_run(run: SavedRun) -> MLLM:
     mllm = run.build(MLLM, "model", "init_args", "mllm")
     if (lora := run.section("model", "init_args", "lora")) is not None:
         MLLMStage3(mllm, 0, LoRA(**lora)).configure_model()
-    return run.fill(mllm)
-
-
-def place(mllm: MLLM, device: torch.device, dtype: torch.dtype) -> MLLM:
-    """The same model on its device, with weights of a type; the angles of rotary embeddings stay fp32.
-
-    In bfloat16 they would be off by about a turn after 4,000 tokens.
-    """
-    for parameter in mllm.parameters():
-        parameter.data = parameter.data.to(device, dtype)
-    return mllm.to(device)
+    return run.fill(mllm).requires_grad_(False).eval()
 
 
 def load_published(
@@ -55,7 +45,7 @@ def load_published(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[MLLM, dict[str, Any]]:
-    """A published MLLM on its device, and the options of ``Illume`` that it was trained with.
+    """A published MLLM on its device, frozen, and the options of ``Illume`` that it was trained with.
 
     Args:
         folder: as ``read_mllm``.
@@ -71,7 +61,7 @@ def load_published(
     if towers is None and tokenizer is not None and tokenizer.semantic_encoder and tokenizer.pixel_encoder:
         towers = tokenizer.semantic_encoder.model, tokenizer.pixel_encoder
     semantic, pixel = towers or (None, None)
-    mllm = read_mllm(folder, semantic, pixel, device=device, dtype=dtype)
+    mllm = read_mllm(folder, semantic, pixel, device=device, dtype=dtype).requires_grad_(False).eval()
     settings = json.loads((Path(folder) / "config.json").read_text()).get(SETTINGS, RELEASE_SETTINGS)
     if tokenizer is not None:
         _check_codes(mllm, tokenizer, settings.get("tokenizer_fingerprint"), folder)

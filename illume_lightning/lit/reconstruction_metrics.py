@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.utilities import dim_zero_cat
 
 from illume_lightning.lit.codebook_usage import CodebookUsage
 from illume_lightning.nn.dualvitok import DualViTokOutput
@@ -33,6 +33,49 @@ def tower_distance(encoder: SemanticEncoder, pictures: Tensor, others: Tensor) -
     return 1 - F.cosine_similarity(a.float(), b.float(), dim=1).mean((1, 2))
 
 
+class FrechetDistance(Metric):
+    """Frechet distance of two sets of pictures' features, as normal distributions (FID; Heusel et al. 2017).
+
+    Features are kept in fp32 on their device, 8 KiB for a picture of each set with Inception's 2048. What is made of
+    them is computed in fp64 on the CPU, as NPUs have none.
+
+    Args:
+        network: uint8 pictures (B, 3, H, W) -> features (B, F).
+    """
+
+    full_state_update = False
+    real: list[Tensor]
+    fake: list[Tensor]
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        for name in ("real", "fake"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, real: Tensor, fake: Tensor) -> None:
+        """Add pictures (B, 3, H, W) in [0, 1] and what is compared with them."""
+        for features, pictures in ((self.real, real), (self.fake, fake)):
+            features.append(self.network((pictures * 255).round().to(torch.uint8)).float())
+
+    def compute(self) -> Tensor:
+        """Distance, () fp32.
+
+        Raises:
+            ValueError: if there are not two pictures to compare.
+        """
+        real, fake = (dim_zero_cat(features).cpu().double() for features in (self.real, self.fake))
+        if len(real) < 2:
+            raise ValueError(
+                f"a Frechet distance of {len(real)} pictures: validate with 2 or more, or leave fid_features out"
+            )
+        shift = (real.mean(0) - fake.mean(0)).square().sum()
+        covariances = torch.cov(real.T), torch.cov(fake.T)
+        spread = sum(covariance.trace() for covariance in covariances)
+        common = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
+        return (shift + spread - 2 * common).float().to(self.device)
+
+
 class PictureMetrics(nn.Module):
     """PSNR, SSIM, Frechet distance and learned distances of pictures from what they should be.
 
@@ -42,7 +85,7 @@ class PictureMetrics(nn.Module):
     Args:
         distances: by the name they are logged under, such as ``lpips``.
         fid_features: feature network of the Frechet distance, or ``None``; one that takes uint8 pictures
-            (B, 3, H, W) and has ``num_features``. The distance is named after it, ``rfid`` for Inception.
+            (B, 3, H, W). The distance is named after it, ``rfid`` for Inception.
     """
 
     def __init__(
@@ -53,12 +96,12 @@ class PictureMetrics(nn.Module):
         self.ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
         self.distances = {name: (distance, MeanMetric()) for name, distance in (distances or {}).items()}
         self._means = nn.ModuleList(mean for _, mean in self.distances.values())
-        self.fid: FrechetInceptionDistance | None = None
+        self.fid: FrechetDistance | None = None
         self.fid_name = "rfid"
         if fid_features is not None:
             network = type(fid_features).__name__
             self.fid_name = "rfid" if "Inception" in network else f"frechet_{network.lower()}"
-            self.fid = FrechetInceptionDistance(feature=fid_features)
+            self.fid = FrechetDistance(fid_features)
 
     @torch.no_grad()
     def update(self, images: Tensor, reconstruction: Tensor) -> None:
@@ -76,8 +119,7 @@ class PictureMetrics(nn.Module):
         for distance, mean in self.distances.values():
             mean.update(distance(reconstruction, images).mean(), images.shape[0])
         if self.fid is not None:
-            self.fid.update((real * 255).round().to(torch.uint8), real=True)
-            self.fid.update((fake * 255).round().to(torch.uint8), real=False)
+            self.fid.update(real, fake)
 
     def compute(self) -> dict[str, Tensor]:
         """All metrics by name, over all ranks; fp32 scalars."""

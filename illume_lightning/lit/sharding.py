@@ -34,8 +34,22 @@ class FSDP2Strategy(ModelParallelStrategy):
         options: of ModelParallelStrategy.
     """
 
+    strategy_name = "fsdp2"
+
     def __init__(self, save_distributed_checkpoint: bool = False, **options: Any) -> None:
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **options)
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Make it known, with checkpoints of one file and of a folder."""
+        for suffix, kind, is_folder in (("", "files", False), ("_sharded", "folders", True)):
+            strategy_registry.register(
+                cls.strategy_name + suffix,
+                cls,
+                description=f"FSDP2; checkpoints are {kind}",
+                override=True,
+                save_distributed_checkpoint=is_folder,
+            )
 
     def setup_environment(self) -> None:
         """Start the processes' group, with a mesh of one dimension that shares out the batch."""
@@ -90,14 +104,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return checkpoint
 
 
-StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2; checkpoints are files", override=True)
-StrategyRegistry.register(
-    "fsdp2_sharded",
-    FSDP2Strategy,
-    description="FSDP2; checkpoints are folders",
-    override=True,
-    save_distributed_checkpoint=True,
-)
+FSDP2Strategy.register_strategies(StrategyRegistry)
 
 
 def shard(module: L.LightningModule, root: nn.Module, blocks: Iterable[nn.Module]) -> None:

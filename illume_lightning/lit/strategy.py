@@ -17,15 +17,17 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.trainer.connectors.accelerator_connector import _select_auto_accelerator
 
-from illume_lightning.data.schedule import Phase
+from illume_lightning.data.schedule import Phase, Schedule
 from illume_lightning.lit.npu_strategies import trainer_options
 from illume_lightning.lit.sharding import FSDP2Strategy
+from illume_lightning.lit.speed_options import check_speed_options
 
 STRATEGIES = ("auto", "ddp", "fsdp2", "fsdp2_sharded")
 """Those to choose from; plain DDP's variants are accepted too."""
 
 _FP16 = ("16-mixed", "16-true", "16", 16)
 _BF16 = ("bf16-mixed", "bf16-true", "bf16")
+_HALF_WEIGHTS = ("16-true", "bf16-true")
 
 
 def check_trainer_options(
@@ -59,15 +61,18 @@ def check_trainer_options(
     name = given if isinstance(given, str) else kind.__name__
     _check_strategy(name, kind, options, accelerator, processes)
     _check_precision(trainer.get("precision"), accelerator, kind)
+    callbacks = trainer.get("callbacks") or []
+    check_half_weights(trainer.get("precision"), callbacks, command)
     if trainer.get("sync_batchnorm") and accelerator != "cuda":
         raise ValueError(
             f"trainer.sync_batchnorm needs CUDA, the accelerator is {accelerator}: leave it out; DualViTok's "
             "discriminator counts over all devices without it"
         )
     if issubclass(kind, ModelParallelStrategy):
-        _check_sharding(name, model or {}, trainer.get("callbacks") or [], command)
+        _check_sharding(name, model or {}, callbacks, command)
     if command == "fit":
-        check_batches(phases, processes)
+        for phase in phases:
+            phase.accumulation(processes)
     return processes
 
 
@@ -82,36 +87,40 @@ def check_config(config: Any, command: str) -> int:
         Processes of the whole run.
 
     Raises:
-        ValueError: as ``check_trainer_options``, and as ``npu_strategies.trainer_options``.
+        ValueError: as ``check_trainer_options``, ``check_speed_options``, ``Schedule`` and
+            ``npu_strategies.trainer_options``.
         ImportError: as they.
     """
     options = vars(config["trainer"]) | trainer_options(config["trainer"])
-    phases = [Phase(**vars(phase)) for phase in config["curriculum"]["phases"]]
-    return check_trainer_options(options, phases, config["model"], command)
+    schedule = Schedule([Phase(**vars(phase)) for phase in config["curriculum"]["phases"]])
+    processes = check_trainer_options(options, schedule.phases, config["model"], command)
+    check_speed_options(_accelerator(options.get("accelerator", "auto")), config["model"])
+    return processes
 
 
-def check_batches(phases: Sequence[Phase], processes: int) -> None:
-    """Refuse batches that the processes can't share evenly.
+def check_half_weights(precision: Any, callbacks: Iterable[Any], command: str) -> None:
+    """Refuse what weights in half precision make no sense for.
+
+    Args:
+        precision: ``trainer.precision``.
+        callbacks: of the trainer.
+        command: as ``check_trainer_options``.
 
     Raises:
-        ValueError: names batch and processes, and the nearest numbers of each that go together.
+        ValueError: says what would do.
     """
-    for phase in phases:
-        where, batch = f"the phase until step {phase.until_step}", phase.batch_size
-        if min(batch, phase.micro_batch_size) < 1:
-            continue  # the schedule refuses it
-        if batch % processes:
-            numbers = _nearest(processes, _divisors(batch))
-            batches = _nearest(batch, (batch // processes * processes, -(-batch // processes) * processes))
+    if precision not in _HALF_WEIGHTS or command != "fit":
+        return
+    if precision == "16-true":
+        raise ValueError(
+            "trainer.precision 16-true can't train: in float16 squares of gradients are zero, and Adam divides by "
+            "them: use 16-mixed or bf16-true"
+        )
+    for path in filter(None, map(_class_path, callbacks)):
+        if issubclass(resolve_name(path), WeightAveraging):
             raise ValueError(
-                f"{where} has a batch_size of {batch}, which {processes} processes can't share evenly: use "
-                f"{numbers} processes (trainer.devices x trainer.num_nodes), or a batch_size of {batches}"
-            )
-        share, micro = batch // processes, phase.micro_batch_size
-        if share % micro:
-            raise ValueError(
-                f"{where} has a batch_size of {batch}, {share} for each of {processes} processes, and a "
-                f"micro_batch_size of {micro}, which does not divide {share}: use {_nearest(micro, _divisors(share))}"
+                f"the callback {path} keeps an average in fp32, which every validation would round to the bfloat16 of "
+                f"trainer.precision {precision}: leave it out, or use bf16-mixed"
             )
 
 
@@ -229,6 +238,11 @@ def _check_sharding(name: str, model: Mapping[str, Any], callbacks: Iterable[Any
             f"model.matrix_optimizer needs whole matrices, and trainer.strategy {name} gives each device a part: use "
             "ddp, or leave it out"
         )
+    if (model.get("init_args") or {}).get("channels_last"):
+        raise ValueError(
+            f"model.channels_last is not for trainer.strategy {name}, which cuts weights in their usual order: leave "
+            "it out, or use ddp"
+        )
     for path in filter(None, map(_class_path, callbacks)):
         if path.endswith(".GenerationScores") or issubclass(resolve_name(path), WeightAveraging):
             raise ValueError(
@@ -240,17 +254,3 @@ def _check_sharding(name: str, model: Mapping[str, Any], callbacks: Iterable[Any
 def _class_path(value: Any) -> str | None:
     """Of a class in a configuration."""
     return value.get("class_path") if hasattr(value, "get") else None
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _nearest(wanted: int, numbers: Iterable[int]) -> str:
-    """The largest below and the smallest above, where there are such: ``4 or 6``."""
-    numbers = [number for number in numbers if number > 0]
-    found = [
-        max((n for n in numbers if n <= wanted), default=0),
-        min((n for n in numbers if n >= wanted), default=0),
-    ]
-    return " or ".join(str(number) for number in dict.fromkeys(found) if number)

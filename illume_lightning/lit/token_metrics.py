@@ -10,7 +10,8 @@ from illume_lightning.data.token_sequence import SEGMENTS, TEXT
 class TokenMetrics(Metric):
     """Mean loss and accuracy of every segment, given all tokens before.
 
-    An answer in words is right if all its tokens are: then greedy decoding gives exactly this answer.
+    An answer in words is right if all its tokens are: then greedy decoding gives exactly this answer. Counts are
+    int64, and losses are summed in fp32, batch by batch: not every device has fp64.
     """
 
     full_state_update = False
@@ -21,9 +22,9 @@ class TokenMetrics(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("losses", "correct", "count"):
-            self.add_state(name, torch.zeros(len(SEGMENTS), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("answers", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("losses", torch.zeros(len(SEGMENTS), dtype=torch.float32), dist_reduce_fx="sum")
+        for name, size in (("correct", len(SEGMENTS)), ("count", len(SEGMENTS)), ("answers", 2)):
+            self.add_state(name, torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, losses: Tensor, is_correct: Tensor, segments: Tensor, answers: Tensor) -> None:
         """Count M tokens.
@@ -36,29 +37,25 @@ class TokenMetrics(Metric):
         """
         if not len(losses):
             return
-        for state, values in (
-            (self.losses, losses),
-            (self.correct, is_correct),
-            (self.count, torch.ones_like(losses)),
-        ):
-            state.index_add_(0, segments, values.to(state.dtype))
-        in_words = segments == TEXT
-        # An image to generate makes an answer none in words.
+        # A batch by itself: small terms would get lost in the sum of many.
+        self.losses += torch.zeros_like(self.losses).index_add(0, segments, losses.float())
+        self.correct += torch.zeros_like(self.correct).index_add(0, segments, is_correct.long())
+        self.count += torch.zeros_like(self.count).index_add(0, segments, torch.ones_like(segments))
         number = answers - answers.min()
-        wrong = torch.zeros(int(number.max()) + 1, device=losses.device)
-        other = wrong.index_add(0, number, (~in_words).float())
-        wrong = wrong.index_add(0, number, (~is_correct).float())
-        seen = torch.zeros_like(wrong).index_add(0, number, torch.ones_like(losses)) > 0
-        counted = seen & (other == 0)
-        self.answers += torch.stack([(counted & (wrong == 0)).sum(), counted.sum()]).to(self.answers.dtype)
+        none = number.new_zeros(int(number.max()) + 1)
+        # An image to generate makes an answer none in words.
+        other = none.index_add(0, number, (segments != TEXT).long())
+        wrong = none.index_add(0, number, (~is_correct).long())
+        counted = (none.index_add(0, number, torch.ones_like(number)) > 0) & (other == 0)
+        self.answers += torch.stack([(counted & (wrong == 0)).sum(), counted.sum()])
 
     def compute(self) -> dict[str, Tensor]:
         """``<segment>_loss`` in nats and ``<segment>_accuracy`` of the segments that occurred; ``answer_accuracy``."""
         results = {}
         for number, name in enumerate(SEGMENTS):
             if self.count[number] > 0:
-                results[f"{name}_loss"] = (self.losses[number] / self.count[number]).float()
-                results[f"{name}_accuracy"] = (self.correct[number] / self.count[number]).float()
+                results[f"{name}_loss"] = self.losses[number] / self.count[number]
+                results[f"{name}_accuracy"] = self.correct[number].float() / self.count[number]
         if self.answers[1] > 0:
-            results["answer_accuracy"] = (self.answers[0] / self.answers[1]).float()
+            results["answer_accuracy"] = self.answers[0].float() / self.answers[1]
         return results

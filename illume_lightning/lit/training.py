@@ -145,11 +145,18 @@ class TrainingModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here: in fp16 Lightning has unscaled the gradients by now, and not before."""
         if self.gradient_clip > 0:
+            self._unscale(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
             if isinstance(norm, DTensor):
                 norm = norm.full_tensor()
             self.log(f"train/{self.gradient_norm_name(optimizer)}", norm)
+
+    def _unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """fp16: Lightning leaves it to fused updates, which do it after clipping."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model in one sentence.
@@ -170,8 +177,9 @@ class TrainingModule(L.LightningModule):
         Raises:
             FloatingPointError: names the values, the training step and the samples.
         """
-        broken = [name for name, value in values.items() if not torch.isfinite(value).all()]
-        if broken:
+        finite = torch.stack([torch.isfinite(value).all() for value in values.values()])
+        if not finite.all():  # the host waits for the device here, once for all values
+            broken = [name for name, is_finite in zip(values, finite.tolist(), strict=True) if not is_finite]
             samples = [f"{d}:{i}" for d, i in zip(batch.dataset.tolist(), batch.index.tolist(), strict=True)]
             raise FloatingPointError(
                 f"{', '.join(broken)} is not finite at training step {self.global_step} "

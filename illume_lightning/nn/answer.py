@@ -102,7 +102,7 @@ class Answer:
         """What the next pass feeds."""
         self.pending_slot_ids = [request.prompt.slot_ids[-1]]
         generator = torch.Generator().manual_seed(request.seed)
-        self.uniforms = torch.rand(request.budget, generator=generator).to(device)
+        self.uniforms = torch.rand(request.budget, generator=generator, dtype=torch.float32).to(device)
         self.latest = torch.empty(0)
         self.is_finished = False
         self._unread: list[Tensor] = []

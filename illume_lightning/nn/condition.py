@@ -41,7 +41,7 @@ class ConditionNoise:
         present = codes.pixel if codes.pixel is not None else codes.semantic
         assert present is not None
         perturbed = uniform(present.shape[:1], generator, present.device) < self.sample_probability
-        probability = torch.where(perturbed, self.token_probability, 0.0)
+        probability = perturbed.float() * self.token_probability
         return replace_codes(codes, tokenizer, probability, generator)
 
     def drop(self, features: Tensor, tokenizer: DualViTok, generator: Source = None) -> Tensor:
@@ -74,7 +74,7 @@ def replace_codes(
         ids = getattr(codes, name)
         draws = uniform(ids.shape, generator, ids.device)
         wrong = integers(quantizer.codebook_size, ids.shape, generator, ids.device)
-        limit = torch.as_tensor(probability, device=ids.device).view(-1, 1, 1)
+        limit = torch.as_tensor(probability, dtype=torch.float32, device=ids.device).view(-1, 1, 1)
         replaced[name] = torch.where(draws < limit, wrong, ids)
     return DualCodes(**replaced)
 

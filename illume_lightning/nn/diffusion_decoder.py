@@ -161,10 +161,11 @@ class DiffusionDecoder(nn.Module):
         """The UNet's output (B, C, h, w).
 
         Args:
-            noisy: (B, C, h, w), scaled as the scheduler wants it.
+            noisy: (B, C, h, w), scaled as the scheduler wants it; in any floating type.
             timesteps: (B,).
             features: (B, Z, h2, w2) codebook features; repeated to the latent's size.
         """
+        noisy = noisy.to(self.unet.conv_in.weight.dtype)
         batch, _, height, width = noisy.shape
         self._check_features(features)
         output = (features.shape[-2] * PIXEL_STRIDE * SCALE, features.shape[-1] * PIXEL_STRIDE * SCALE)
@@ -245,7 +246,8 @@ class DiffusionDecoder(nn.Module):
         shape = (self.latents.channels, output[0] // self.latents.factor, output[1] // self.latents.factor)
         seeds = range(len(features)) if seeds is None else seeds
         # Drawn on the CPU: every device gets the same noise from the same seed.
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = [torch.randn(shape, generator=each, dtype=torch.float32) for each in generators]
         scheduler.set_timesteps(num_steps, device=features.device)
         latents = torch.stack(noise).to(features.device) * scheduler.init_noise_sigma
         is_guided = guidance > 1

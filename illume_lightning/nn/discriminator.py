@@ -37,8 +37,8 @@ class PatchDiscriminator(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> logits (B, 1, H', W'), positive for real; 256x256 gives 30x30."""
-        return self.main(images)
+        """(B, C, H, W) in [-1, 1] of any type -> logits (B, 1, H', W'), positive for real; 256x256 gives 30x30."""
+        return self.main(images.to(next(self.parameters()).dtype))
 
 
 def _initialise(module: nn.Module) -> None:

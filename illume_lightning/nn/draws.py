@@ -1,6 +1,7 @@
 """Random numbers for batches: of one generator, or of each sample's own, whatever batch it comes in."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,12 +31,12 @@ Source = torch.Generator | SampleDraws | None
 
 def uniform(shape: Sequence[int], source: Source, device: torch.device) -> Tensor:
     """Numbers in [0, 1), fp32, of a shape that begins with the batch."""
-    return _draw(torch.rand, shape, source, device)
+    return _draw(partial(torch.rand, dtype=torch.float32), shape, source, device)
 
 
 def normal(shape: Sequence[int], source: Source, device: torch.device) -> Tensor:
     """Standard normal numbers, fp32, of a shape that begins with the batch."""
-    return _draw(torch.randn, shape, source, device)
+    return _draw(partial(torch.randn, dtype=torch.float32), shape, source, device)
 
 
 def integers(high: int, shape: Sequence[int], source: Source, device: torch.device) -> Tensor:

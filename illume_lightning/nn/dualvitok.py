@@ -162,7 +162,9 @@ class DualViTok(nn.Module):
                 z = latents[name].float()
                 indices = torch.zeros_like(z[:, 0], dtype=torch.long)
                 noise = latent_noise * normal(z.shape, generator, z.device)
-                quantized[name] = Quantized(z + noise, z.new_zeros(()), indices)
+                # Contiguous, as a quantiser's: else all that follows would run channels-last.
+                features = (z + noise).to(quantizer.codebook_dtype).contiguous()
+                quantized[name] = Quantized(features, z.new_zeros(()), indices)
         grid = (images.shape[-2] // 16, images.shape[-1] // 16)
         return Encoded(quantized.get("semantic"), quantized.get("pixel"), target, grid)
 

@@ -229,8 +229,9 @@ class Engine:
         logits = self.mllm.head.logits(last[rows], span, self._multiply).float()
         scores = logits[: len(answers)]
         if guided:
-            scales = torch.tensor([[answers[place].request.sampling.guidance] for place in guided])
-            scores[guided] = guide(scores[guided], logits[len(answers) :], scales.to(scores))
+            guidance = [[answers[place].request.sampling.guidance] for place in guided]
+            scales = torch.tensor(guidance, dtype=scores.dtype).to(scores.device)
+            scores[guided] = guide(scores[guided], logits[len(answers) :], scales)
         return scores if len(allowed) == 1 else scores.masked_fill(self._mask(allowed), -torch.inf)
 
     def _make_mask(self, allowed: tuple[range, ...]) -> Tensor:

@@ -5,9 +5,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from illume_lightning.nn.casting import KeepsType
 
-class VAELatents(nn.Module):
+
+class VAELatents(KeepsType):
     """SDXL's autoencoder, in fp32 where its config asks for it. An eighth of the size in both directions.
+
+    It keeps its type in a model whose weights are cast: latents are those that a cache has.
 
     Args:
         pretrained: a diffusers pipeline (its folder ``vae``), a folder of a VAE alone, or a hub name.

@@ -15,6 +15,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.utils import is_flash_attn_2_available
 from transformers.vision_utils import get_vision_position_ids
 
+from illume_lightning.nn.casting import KeepsBuffers
 from illume_lightning.nn.document_attention import (
     DOCUMENTS,
     document_bounds,
@@ -118,7 +119,7 @@ class Adapter(nn.Sequential):
         return next(self.parameters()).dtype
 
 
-class MLLM(nn.Module):
+class MLLM(KeepsBuffers):
     """One language model that reads text, continuous pictures and code tokens, and writes text and code tokens.
 
     Args:

@@ -240,8 +240,8 @@ class PixelEncoder(nn.Module):
         self.conv_out = nn.Conv2d(before, latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, Z, h, w)."""
-        x = self.conv_in(images)
+        """(B, 3, H, W) in [-1, 1], any floating type -> (B, Z, h, w)."""
+        x = self.conv_in(images.to(self.conv_in.weight.dtype))
         for level in self.down:
             x = level(x)
         x = F.silu(self.norm_out(self.mid(x)))

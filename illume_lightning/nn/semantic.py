@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
+from illume_lightning.nn.casting import KeepsBuffers
 from illume_lightning.resolution import semantic_input_size
 
 PATCH = 14
@@ -19,7 +20,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class QwenVisionTower(Qwen2VisionTransformerPretrainedModel):
+class QwenVisionTower(KeepsBuffers, Qwen2VisionTransformerPretrainedModel):
     """Qwen2-VL's vision tower, built from sizes or loaded from a checkpoint.
 
     Args:

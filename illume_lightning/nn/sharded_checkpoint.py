@@ -53,11 +53,32 @@ def read_rest(checkpoint: str | Path) -> dict[str, Any]:
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
 
+def require_file(checkpoint: str | Path, what: str) -> None:
+    """Refuse a sharded checkpoint.
+
+    Args:
+        checkpoint: a file or a folder.
+        what: needs a file.
+
+    Raises:
+        ValueError: names the command that makes one file of it.
+    """
+    if is_sharded(checkpoint):
+        raise ValueError(
+            f"{checkpoint} is a folder that FSDP2's devices wrote, and {what} takes a file: make one of it with "
+            f"`illume consolidate {checkpoint} {checkpoint}`"
+        )
+
+
 def consolidate(folder: str | Path, file: str | Path) -> None:
     """Write one file of a sharded checkpoint, from which any strategy on any number of devices goes on.
 
     Needs the memory of the whole checkpoint, optimizer state included. The groups of the optimizers are unpickled by
     torch: take folders that you trust.
+
+    Args:
+        folder: the checkpoint.
+        file: to write; where it is the folder itself, that is kept beside it with ``.sharded`` behind its name.
 
     Raises:
         FileNotFoundError: if the folder is no sharded checkpoint, or not whole.
@@ -78,6 +99,8 @@ def consolidate(folder: str | Path, file: str | Path) -> None:
         rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
         states = [_numbered(content[name]) for name in names]
         torch.save({**rest, "state_dict": content["state_dict"], "optimizer_states": states}, partial)
+    if file == folder:
+        folder.rename(folder.with_name(folder.name + ".sharded"))
     partial.replace(file)
 
 

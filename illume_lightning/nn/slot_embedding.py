@@ -31,7 +31,9 @@ class SlotEmbedding(nn.Module):
             raise ValueError(
                 f"slot_grid is {side}: choose at least 2 nodes a side, or 0 for no slot embedding"
             )
-        self.weight = nn.Parameter(std * torch.randn(2 * side**2, width))
+        self.weight = nn.Parameter(torch.zeros(2 * side**2, width))
+        if std:  # else no random number is drawn
+            nn.init.normal_(self.weight, std=std)
         nodes, shares = _corners(side)
         self.register_buffer("nodes", nodes, persistent=False)
         self.register_buffer("shares", shares, persistent=False)

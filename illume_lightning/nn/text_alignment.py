@@ -9,6 +9,7 @@ Shapes: B pictures, N texts, W distinct words, D embedding width, C tower featur
 import re
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,9 @@ class TextAlignment(nn.Module):
         rows, cols = features.shape[-2:]
         if not regions:
             return F.normalize(self.project(whole), dim=-1), whole.new_zeros(0, self.project.out_features)
-        edges = torch.tensor([[r.top, r.left, r.bottom, r.right] for r in regions], device=images.device)
-        y = (torch.arange(rows, device=images.device) + 0.5) / rows
-        x = (torch.arange(cols, device=images.device) + 0.5) / cols
+        exact: dict[str, Any] = {"dtype": torch.float32, "device": images.device}
+        edges = torch.tensor([[r.top, r.left, r.bottom, r.right] for r in regions], **exact)
+        y, x = (torch.arange(rows, **exact) + 0.5) / rows, (torch.arange(cols, **exact) + 0.5) / cols
         inside_y = (y >= edges[:, :1]) & (y < edges[:, 2:3])
         inside_x = (x >= edges[:, 1:2]) & (x < edges[:, 3:])
         weight = (inside_y.unsqueeze(2) & inside_x.unsqueeze(1)).to(features.dtype)
@@ -100,7 +101,7 @@ class TextAlignment(nn.Module):
         said = [_words(text) for text in texts]
         distinct = sorted(set().union(*map(_words, texts if everyones is None else everyones)))
         rows = [zlib.crc32(word.encode()) % self.words.num_embeddings for word in distinct]
-        has = torch.tensor([[float(word in words) for word in distinct] for words in said])
+        has = torch.tensor([[word in words for word in distinct] for words in said]).float()
         vectors = F.normalize(self.words(torch.tensor(rows, dtype=torch.long, device=images.device)), dim=-1)
         logits = (images @ vectors.T).float() * self.log_temperature.exp()
         return logits, has.view(len(texts), len(distinct)).to(images.device)

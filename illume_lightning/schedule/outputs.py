@@ -36,7 +36,7 @@ def is_there(step: Step, partly: bool = False) -> bool:
     """
     output = Path(step.output)
     if step.is_fit:
-        return (output / _LAST).is_file()
+        return (output / _LAST).exists()
     return output.exists() or (partly and Path(step.output + _PARTIAL).exists())
 
 
@@ -45,10 +45,14 @@ def hash_output(step: Step) -> str:
 
     Of a run its last checkpoint, of a store its manifest (of a folder of stores all of theirs), of an evaluation its
     scores, of anything else the names and contents of all files.
+
+    Raises:
+        ValueError: If a fit's last checkpoint is a folder of FSDP2's devices; names the command that makes it a file.
     """
     output = Path(step.output)
     if step.is_fit:
         output /= _LAST
+        _require_file(output)
     elif step.command[0] == "evaluate" and (output / _SCORES).is_file():
         output /= _SCORES
     elif (output / _MANIFEST).is_file():
@@ -100,6 +104,14 @@ def move_aside(step: Step) -> str | None:
     for path in there:
         os.rename(path, f"{path}.old-{number}")
     return f"{there[0]}.old-{number}" if there else None
+
+
+def _require_file(checkpoint: Path) -> None:
+    if checkpoint.is_dir():
+        raise ValueError(
+            f"{checkpoint} is a folder that FSDP2's devices wrote, and a schedule takes a file: make one of it with "
+            f"`illume consolidate {checkpoint} {checkpoint}`, or train with strategy fsdp2"
+        )
 
 
 def _without_hardware(step: Step) -> list[str]:

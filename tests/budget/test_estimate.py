@@ -177,6 +177,33 @@ def test_a_wrong_question_ends_in_one_line(
     assert all(text in line for text in expected), line
 
 
+def test_weights_in_half_precision_are_planned_or_refused_as_in_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "small.yaml"
+    phases = [{"until_step": 5, "mode": "fixed", "side": 64, "batch_size": 2, "micro_batch_size": 1}]
+
+    def words(name: str, precision: str) -> list[str]:
+        file.write_text(
+            yaml.safe_dump({"trainer": {"precision": precision}, "curriculum": {"phases": phases}})
+        )
+        return [str(SHAPES / f"{name}.yaml"), str(file)]
+
+    hardware = Hardware(DEVICES["h100"], 1, "ddp", 0.4)
+    plans = [
+        estimate(words("dualvitok", p), hardware, ResolutionCurriculum) for p in ("bf16-mixed", "bf16-true")
+    ]
+    mixed, half = (plan.largest.memory for plan in plans)
+    assert half.weights == pytest.approx(mixed.weights / 2, rel=0.01)
+    assert half.fixed == mixed.fixed and half.peak < 0.7 * mixed.peak
+    for name, precision, expected in (
+        ("dualvitok", "16-true", "16-true can't train"),
+        ("diffusion_decoder", "bf16-true", "EMAWeightAveraging keeps an average in fp32"),
+    ):
+        line = fails([*words(name, precision), "--devices", "1", "--device", "h100"], capsys)
+        assert expected in line
+
+
 def test_a_step_that_fails_says_with_what(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("expected BFloat16 but found Float\nException raised from x.cpp")

@@ -332,7 +332,7 @@ def test_steps_and_micro_batches(phases, world_size):
         ([Phase(9, "fixed", 32, 4, -1)], "micro_batch_size -1 is not positive"),
         (
             [Phase(9, "fixed", 32, 6, 4)],
-            "batch_size 6 is not a multiple of micro_batch_size 4 x 1 devices = 4",
+            "batch_size of 6 and a micro_batch_size of 4, which does not divide 6: use 3 or 6",
         ),
         ([Phase(9, "fixed", 32, 4, 4, lr=0.0)], "lr 0.0 is not positive"),
         ([Phase(9, "fixed", 32, 4, 4, lr=1e-4), Phase(10, "fixed", 32, 4, 4)], "lr is given for some phases"),
@@ -346,12 +346,24 @@ def test_contradictory_phases_are_refused(phases, message):
         Schedule(phases)
 
 
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "message"),
+    [
+        (12, 4, 5, "which 5 processes .* use 4 or 6 processes .*, or a batch_size of 10 or 15"),
+        (256, 4, 300, "use 256 processes .*, or a batch_size of 300"),
+        (12, 4, 2, "6 for each of 2 processes, and a micro_batch_size of 4, .* use 3 or 6"),
+        (12, 5, 1, " and a micro_batch_size of 5, which does not divide 12: use 4 or 6"),
+    ],
+)
+def test_batches_that_do_not_divide(batch, micro, processes, message):
+    with pytest.raises(ValueError, match=f"the phase until step 9 has a batch_size of {batch}.*{message}"):
+        Phase(9, "fixed", 64, batch, micro).accumulation(processes)
+
+
 def test_world_size_must_divide_the_batch():
     plan = Plan([Phase(5, "fixed", 32, 12, 4)], [source(20)])
     assert len(plan.batch(0, 0, 2, 3)) == 4
-    with pytest.raises(
-        ValueError, match="batch_size 12 is not a multiple of micro_batch_size 4 x 2 devices = 8"
-    ):
+    with pytest.raises(ValueError, match="6 for each of 2 processes, and a micro_batch_size of 4"):
         plan.batch(0, 0, 0, 2)
     with pytest.raises(ValueError, match="micro-batch 1 of 1 on device 0 of 3"):
         plan.batch(0, 1, 0, 3)

@@ -282,6 +282,19 @@ def test_mistakes_end_in_one_line(world, tmp_path, capsys, change, args, expecte
     assert re.search(f"illume evaluate: error: .*{expected}", last)
 
 
+def test_a_sharded_checkpoint_names_the_way_out(world, tmp_path):
+    run = copied(world, tmp_path, "dualvitok")
+    last = run / "checkpoints" / "last.ckpt"
+    last.unlink()
+    last.mkdir()
+    for name in ("meta.pt", ".metadata"):
+        (last / name).touch()
+    with pytest.raises(
+        ValueError, match=f"`illume evaluate` takes a file: .* `illume consolidate {last} {last}`"
+    ):
+        evaluate_run(run, QUICK)
+
+
 def test_other_folders_are_no_runs(world, tmp_path):
     with pytest.raises(FileNotFoundError, match="is no run"):
         evaluate_run(tmp_path, QUICK)

@@ -15,9 +15,9 @@ import test_mllm_stages as mllms
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from tiny import build_tiny
+from tiny_trainer import trainer_for
 from torch import Tensor
 
-from callbacks import ExactResume, ResolutionCurriculum
 from illume_lightning.data.schedule import Phase
 from illume_lightning.lit.datamodule import ImageDataModule, Source
 from illume_lightning.lit.dualvitok import CodebookStart, DualViTokModule
@@ -72,20 +72,16 @@ def train(
     precision: Any = "32-true",
 ) -> Result:
     record = Record()
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = trainer_for(
+        None,
+        phases,
+        record,
+        *callbacks,
         devices=devices,
         strategy=strategy if devices > 1 or "fsdp" in strategy else "auto",
         precision=precision,
-        max_steps=phases[-1].until_step,
-        max_epochs=-1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
         log_every_n_steps=1,
-        callbacks=[ResolutionCurriculum(phases), ExactResume(), record, *callbacks],
+        deterministic=False,
     )
     # Neither initial nor later draws of the processes' own generators may make a difference.
     torch.manual_seed(100 + trainer.global_rank + 10 * devices)

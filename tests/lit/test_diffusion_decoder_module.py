@@ -12,8 +12,9 @@ from diffusers import DDPMScheduler
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from PIL import Image
 from tiny import build_tiny
+from tiny_trainer import trainer_for
 
-from callbacks import ExactResume, PredictionPictures, ReconstructionGrid, ResolutionCurriculum
+from callbacks import PredictionPictures, ReconstructionGrid
 from illume_lightning.data.latents import LatentBatch
 from illume_lightning.data.plan import Phase
 from illume_lightning.data.store import ImageStore
@@ -58,23 +59,6 @@ def build(tokenizer: Path, lr: float = 2e-3, **options: Any) -> DiffusionDecoder
         str(tokenizer),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
         sampling=Sampling(2, 1.0),
-        **options,
-    )
-
-
-def trainer_for(folder: Path, phases: list[Phase], *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu",
-        max_steps=phases[-1].until_step,
-        max_epochs=-1,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        deterministic=True,
-        callbacks=[ResolutionCurriculum(phases), ExactResume(), *callbacks],
         **options,
     )
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from tiny import build_tiny
+from tiny_trainer import trainer_for
 
-from callbacks import ExactResume, ResolutionCurriculum
 from illume_lightning.data.plan import Phase
 from illume_lightning.lit.codebook_usage import CodebookUsage
 from illume_lightning.lit.datamodule import ImageDataModule, Source
@@ -45,19 +45,7 @@ def fit(
     data = ImageDataModule(
         train=[Source(str(shapes / "train"))], val_sizes=[], num_workers=0, horizontal_flip=0.5
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        deterministic=True,
-        callbacks=[ResolutionCurriculum(phases), *callbacks],
-        **options,
-    )
+    trainer = trainer_for(None, phases, *callbacks, **options)
     torch.manual_seed(7)
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return trainer
@@ -197,7 +185,7 @@ def test_resume_equals_the_uninterrupted_run(shapes: Path, tmp_path: Path) -> No
     """Generator, discriminator, both optimizers, noise and data order; across a phase boundary."""
     phases = [Phase(3, "fixed", 64, 4, 2), Phase(6, "any_resolution", 96, 2, 2)]
     straight = build()
-    fit(straight, shapes, steps=6, phases=phases, callbacks=(ExactResume(),))
+    fit(straight, shapes, steps=6, phases=phases)
 
     class StopAt(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -205,14 +193,13 @@ def test_resume_equals_the_uninterrupted_run(shapes: Path, tmp_path: Path) -> No
                 trainer.save_checkpoint(tmp_path / "last.ckpt")
                 trainer.should_stop = True
 
-    fit(build(), shapes, steps=6, phases=phases, callbacks=(ExactResume(), StopAt()))
+    fit(build(), shapes, steps=6, phases=phases, callbacks=(StopAt(),))
     resumed = build(seed=99)
     trainer = fit(
         resumed,
         shapes,
         steps=6,
         phases=phases,
-        callbacks=(ExactResume(),),
         ckpt_path=str(tmp_path / "last.ckpt"),
     )
     assert trainer.global_step == 6

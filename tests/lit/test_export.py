@@ -105,6 +105,14 @@ def test_low_rank_matrices_are_merged(
     torch.testing.assert_close(logits(ours.mllm, ids), logits(mllm, ids), rtol=1e-3, atol=1e-3)
 
 
+def test_a_run_with_dropout_speaks_without(text: TextTokenizer, dualvitok: DualViTok, tmp_path: Path) -> None:
+    write_mllm_run(tmp_path / "run", text, dualvitok, LoRA(rank=2, alpha=4, dropout=0.9))
+    mllm = Illume.from_run(tmp_path / "run", device="cpu", context=512).mllm
+    ids = torch.arange(40)[None]
+    assert torch.equal(logits(mllm, ids), logits(mllm, ids))
+    assert not any(parameter.requires_grad for parameter in mllm.parameters())
+
+
 def test_transformers_reads_the_tokenizer(exported: Path, text: TextTokenizer) -> None:
     vocabulary = text.vocabulary(64, 96, size_step=16)
     strings = list(vocabulary.tokens())

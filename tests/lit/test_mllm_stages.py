@@ -7,8 +7,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from test_diffusion_decoder_module import trainer_for, weights, write_tokenizer
+from test_diffusion_decoder_module import weights, write_tokenizer
 from tiny_mllm import build_mllm
+from tiny_trainer import trainer_for
 
 from callbacks import ResultTable, Throughput, WarmStart
 from illume_lightning.data.packed_batch import PackedBatch

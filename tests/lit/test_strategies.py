@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,9 +17,9 @@ from strategy_runs import ALL, FEW, Result, alone, resumable
 from test_mllm_stages import world  # noqa: F401  # a fixture
 
 from illume_lightning.data.schedule import Phase
-from illume_lightning.lit.strategy import check_batches, check_trainer_options
+from illume_lightning.lit.strategy import check_trainer_options
 from illume_lightning.nn.checkpoints import check_state_dict
-from illume_lightning.nn.sharded_checkpoint import consolidate, is_sharded, read_weights
+from illume_lightning.nn.sharded_checkpoint import consolidate, is_sharded, read_weights, require_file
 
 HERE = Path(__file__).parent
 PATH = os.pathsep.join(map(str, (HERE.parents[1], HERE, HERE.parent)))
@@ -133,6 +134,17 @@ def test_one_device_goes_on_where_two_stopped(stores, out, expected, by_two, tmp
     assert all(torch.equal(weights[name], value) for name, value in saved["state_dict"].items())
 
 
+def test_a_folder_in_the_place_of_a_file(out, by_two, tmp_path):
+    place = tmp_path / "last.ckpt"
+    shutil.copytree(out / "folder2.ckpt", place)
+    with pytest.raises(ValueError, match=f"evaluation takes a file: .*`illume consolidate {place} {place}`"):
+        require_file(place, "evaluation")
+    consolidate(place, place)
+    require_file(place, "evaluation")
+    assert place.is_file() and is_sharded(tmp_path / "last.ckpt.sharded")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sharded"]
+
+
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is no sharded checkpoint: it has no meta.pt"):
         consolidate(tmp_path, tmp_path / "one.ckpt")
@@ -208,6 +220,10 @@ def parallel(data: int, tensor: int) -> dict:
             {"strategy": "fsdp2", "callbacks": [{"class_path": EMA}]},
             "EMAWeightAveraging needs the whole model",
         ),
+        (
+            {"precision": "bf16-true", "callbacks": [{"class_path": EMA}]},
+            "EMAWeightAveraging keeps an average .* use bf16-mixed",
+        ),
     ],
 )
 def test_options_that_do_not_fit(options, message):
@@ -228,6 +244,15 @@ def test_models_that_fsdp2_does_not_take():
     assert check_trainer_options(options, model={"class_path": STAGE}) == 2
 
 
+def test_batches_that_processes_cannot_share():
+    phase = Phase(9, "fixed", 64, strategy_runs.BATCH, 2)
+    for processes in (1, 2, 3):
+        assert check_trainer_options(CPU | {"devices": processes}, [phase]) == processes
+    with pytest.raises(ValueError, match="12, which 5 processes can't share evenly: use 4 or 6 processes"):
+        check_trainer_options(CPU | {"devices": 5}, [phase])
+    assert check_trainer_options(CPU | {"devices": 5}, [phase], command="validate") == 5
+
+
 def test_devices_and_precision_of_gpus(monkeypatch):
     with pytest.raises(ValueError, match="accelerator is 'cuda', and there is no such device"):
         check_trainer_options({"accelerator": "cuda"})
@@ -244,29 +269,8 @@ def test_devices_and_precision_of_gpus(monkeypatch):
             check_trainer_options(cuda | {"devices": devices})
     with pytest.raises(ValueError, match="bf16-mixed is not for Tesla V100"):
         check_trainer_options(cuda | {"precision": "bf16-mixed"})
+    with pytest.raises(ValueError, match="16-true can't train: .* use 16-mixed or bf16-true"):
+        check_trainer_options(cuda | {"precision": "16-true"})
+    assert check_trainer_options(cuda | {"precision": "16-true"}, command="validate") == 4
     with pytest.raises(ValueError, match="16-mixed scales losses, which FSDP2"):
         check_trainer_options(cuda | {"precision": "16-mixed", "strategy": "fsdp2"})
-
-
-@pytest.mark.parametrize(
-    ("batch", "micro", "processes", "message"),
-    [
-        (
-            12,
-            4,
-            5,
-            "which 5 processes .* use 4 or 6 processes .*, or a batch_size of 10 or 15",
-        ),
-        (256, 4, 300, "use 256 processes .*, or a batch_size of 300"),
-        (12, 4, 2, "6 for each of 2 processes, and a micro_batch_size of 4, .* use 3 or 6"),
-    ],
-)
-def test_batches_that_do_not_divide(batch, micro, processes, message):
-    with pytest.raises(ValueError, match=f"the phase until step 9 has a batch_size of {batch}, .*{message}"):
-        check_batches([Phase(9, "fixed", 64, batch, micro)], processes)
-
-
-def test_batches_that_divide():
-    assert strategy_runs.BATCH == 12
-    for processes in (1, 2, 3):
-        check_batches([Phase(9, "fixed", 64, 12, 2)], processes)

@@ -245,6 +245,15 @@ def test_outputs_that_were_touched_or_are_not_ours_are_refused(do: Callable[...,
     assert begun == [["prepare", "data/toy/train", "8"], ["fit", "-c", "encoder.yaml"]]
 
 
+def test_a_folder_in_the_place_of_a_checkpoint_names_the_way_out(do: Callable[..., int], world: Path) -> None:
+    assert do("--until", "encoder") == 0
+    last = Path("runs/toy/encoder/seed0/checkpoints/last.ckpt")
+    last.unlink()
+    last.mkdir()
+    with pytest.raises(ValueError, match=f"`illume consolidate {last} {last}`, or train with strategy fsdp2"):
+        do()
+
+
 def test_a_failure_shows_the_end_of_the_log(
     do: Callable[..., int], world: Path, capsys: pytest.CaptureFixture
 ) -> None:

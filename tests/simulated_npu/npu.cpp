@@ -30,6 +30,7 @@ constexpr auto kDevice = c10::DeviceType::PrivateUse1;
 constexpr int kMostDevices = 16;
 int num_devices = 2;
 thread_local c10::DeviceIndex current = 0;
+bool refuses_fp64 = true;  // NPUs' kernels have none
 
 c10::DeviceIndex index_of(c10::Device device) {
   return device.has_index() ? device.index() : current;
@@ -229,12 +230,17 @@ Tensor to_device(const Tensor& tensor) {
   return copy;
 }
 
+at::ScalarType checked(optional<at::ScalarType> type) {
+  TORCH_CHECK_TYPE(type != at::kDouble || !refuses_fp64, "npu has no float64");
+  return c10::dtype_or_default(type);
+}
+
 Tensor empty(
     IntArrayRef size, optional<at::ScalarType> dtype, optional<at::Layout>, optional<at::Device> device,
     optional<bool>, optional<at::MemoryFormat> format) {
   c10::OptionalDeviceGuard guard(device);
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
-  return at::detail::empty_generic(size, &allocator, keys, c10::dtype_or_default(dtype), format);
+  return at::detail::empty_generic(size, &allocator, keys, checked(dtype), format);
 }
 
 Tensor empty_strided(
@@ -242,7 +248,7 @@ Tensor empty_strided(
     optional<at::Device> device, optional<bool>) {
   c10::OptionalDeviceGuard guard(device);
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
-  return at::detail::empty_strided_generic(size, stride, &allocator, keys, c10::dtype_or_default(dtype));
+  return at::detail::empty_strided_generic(size, stride, &allocator, keys, checked(dtype));
 }
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
@@ -419,6 +425,7 @@ TORCH_LIBRARY(simulated_npu, library) {
     current = static_cast<c10::DeviceIndex>(device);
   });
   library.def("memory(bool largest) -> int", [](bool largest) { return largest ? peak.load() : allocated.load(); });
+  library.def("refuse_fp64(bool refuse) -> ()", [](bool refuse) { refuses_fp64 = refuse; });
   library.def("reset_peak_memory() -> ()", [] { peak = allocated.load(); });
   library.def("manual_seed(int device, int seed) -> ()", [](int64_t device, int64_t seed) {
     generator(device).set_current_seed(static_cast<uint64_t>(seed));

@@ -11,27 +11,33 @@ import numpy as np
 import pytest
 import test_diffusion_decoder_module as decoder
 import test_dualvitok_module as dualvitok
+import test_half_precision as half
 import test_mllm_stages as mllm
 import torch
 import two_devices
 from lightning.pytorch.callbacks import DeviceStatsMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 from test_diffusion_decoder_module import tokenizer  # noqa: F401  # a fixture
 from test_mllm_stages import world  # noqa: F401  # a fixture
 from tiny_run import write_dualvitok_run, write_mllm_run
+from tiny_trainer import trainer_for
 from torch import nn
 
 import cli
-from callbacks import ExactResume, ResolutionCurriculum
+from callbacks import PredictionAnswers
 from illume_lightning import Illume
 from illume_lightning.data.plan import Phase
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.doctor import report
+from illume_lightning.lit.conversation_data import ConversationDataModule
 from illume_lightning.lit.datamodule import ImageDataModule, Source
 from illume_lightning.lit.device import choose_device
 from illume_lightning.lit.mllm import MLLMStage3
 from illume_lightning.lit.npu import NPUAccelerator
 from illume_lightning.lit.npu_strategies import trainer_options
+from illume_lightning.lit.saved_run import SavedRun
+from illume_lightning.nn.mllm import MLLM
 
 ON_NPU = {"accelerator": "npu", "strategy": "npu_single_device", "devices": [1]}
 ON_CPU = {"accelerator": "cpu", "devices": 1}
@@ -67,26 +73,41 @@ class Seen(L.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         self.devices.add(str(batch[0].device))
 
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.devices |= {str(parameter.device) for parameter in pl_module.parameters()}
+
+    on_predict_batch_end = on_validation_batch_end
+
 
 def trainer_on(
     where: dict[str, Any], phases: list[Phase], *callbacks: L.Callback, **options: Any
 ) -> L.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(
-        max_steps=phases[-1].until_step,
-        max_epochs=-1,
-        use_distributed_sampler=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        callbacks=[ResolutionCurriculum(phases), ExactResume(), *callbacks],
-        **(quiet | where | options),
-    )
+    return trainer_for(None, phases, *callbacks, deterministic=False, **(where | options))
 
 
 def pictures(shapes: Path) -> ImageDataModule:
-    store = str(shapes / "train")
+    held_out = {"shapes": str(shapes / "val")}
     return ImageDataModule(
-        [Source(store)], val={"shapes": str(shapes / "val")}, val_sizes=[64], val_limit=4, num_workers=0
+        [Source(str(shapes / "train"))],
+        val=held_out,
+        predict=held_out,
+        val_sizes=[64],
+        val_limit=4,
+        num_workers=0,
     )
+
+
+class Features(nn.Module):
+    """Of pictures, for a Frechet distance."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((2, 3))
+
+
+def assert_near(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Pictures, uint8: up to a rounding error's difference."""
+    assert one.dtype == torch.uint8
+    assert (one.cpu().int() - other.cpu().int()).abs().max() <= 1
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -104,31 +125,41 @@ def assert_equal_weights(one: nn.Module, other: nn.Module) -> None:
 
 
 def test_dualvitok_with_its_discriminator(shapes):
-    trained = []
+    trained, distances, made = [], [], []
     for where in (ON_NPU, ON_CPU):
-        seen, module = Seen(), dualvitok.build(optimizer=sgd, discriminator_optimizer=sgd)
-        phases = [Phase(3, "fixed", 64, 4, 2)]
+        options = {"optimizer": sgd, "discriminator_optimizer": sgd, "fid_features": Features()}
+        seen, module = Seen(), dualvitok.build(**options)
+        phases, data = [Phase(3, "fixed", 64, 4, 2)], pictures(shapes)
         trainer = trainer_on(where, phases, seen, num_sanity_val_steps=0, val_check_interval=4)
-        trainer.fit(module, pictures(shapes))
+        trainer.fit(module, data)
         trained.append(module)
+        metrics = dict(trainer.callback_metrics)
+        distances.append(float(metrics["val/shapes-64/frechet_features"]))
+        made.append(trainer.predict(module, data)[0])
         device = "npu:1" if where is ON_NPU else "cpu"
         assert seen.devices == {device}
         assert seen.activations == {(device, torch.float32)}
         assert trainer.global_step == 3
-        assert 5 < trainer.callback_metrics["val/shapes-64/psnr"] < 40
+        assert 5 < metrics["val/shapes-64/psnr"] < 40
     assert_equal_weights(*trained)
+    assert_near(*made)
+    assert distances[0] == pytest.approx(distances[1], rel=1e-3) and distances[0] > 0
 
 
 def test_the_diffusion_decoder(shapes, tokenizer):  # noqa: F811
-    trained = []
+    trained, made = [], []
     for where in (ON_NPU, ON_CPU):
         seen, module = Seen(), decoder.build(tokenizer)
         module._optimizer = sgd
-        data = decoder.datamodule(shapes / "train")
-        trainer_on(where, decoder.phases(2), seen).fit(module, data)
+        trainer = trainer_on(where, decoder.phases(2), seen, limit_predict_batches=1)
+        trainer.fit(module, decoder.datamodule(shapes / "train"))
+        made.append(trainer.predict(module, pictures(shapes))[0])
         trained.append(module)
         assert seen.devices == {"npu:1" if where is ON_NPU else "cpu"}
     assert_equal_weights(*trained)
+    assert made[0].keys() == {"dualvitok", "diffusion"}
+    for name, images in made[0].items():
+        assert_near(images, made[1][name])
 
 
 def test_an_mllm_stage(world):  # noqa: F811
@@ -144,6 +175,42 @@ def test_an_mllm_stage(world):  # noqa: F811
         assert seen.devices == {"npu:1" if where is ON_NPU else "cpu"}
     assert_equal_weights(*trained)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["codebook start", "vision encoder", "decoder", "stage 1", "stage 3"])
+def test_it_trains_and_validates_as_on_the_cpu(name, world, shapes):  # noqa: F811
+    """Losses, and metrics of a validation by itself."""
+    found = []
+    for where in (ON_NPU, ON_CPU):
+        seen, part = Seen(), half.PARTS[name](world, shapes)
+        part[0]._optimizer = sgd
+        record, metrics, _ = half.run(part, "32-true", seen, deterministic=False, **where)
+        assert seen.devices == {"npu:1" if where is ON_NPU else "cpu"}
+        found.append({key: float(value) for key, value in record.logged.items()} | metrics)
+    assert found[0].keys() == found[1].keys()
+    for key in (key for key in found[0] if "loss" in key or key.endswith(("psnr", "ssim"))):
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-3, abs=1e-4), key
+
+
+def test_weights_in_bfloat16(world, shapes):  # noqa: F811
+    seen = Seen()
+    _, metrics, module = half.run(
+        half.dualvitok(world, shapes), "bf16-true", seen, deterministic=False, **ON_NPU
+    )
+    assert seen.activations == {("npu:1", torch.bfloat16)}
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+    assert 5 < metrics["val/shapes-64/psnr"] < 40
+
+
+def test_there_is_no_fp64():
+    """So all that runs here does without it, as NPUs' kernels do."""
+    for make in (
+        lambda: torch.zeros(2, dtype=torch.float64, device="npu"),
+        lambda: torch.zeros(2, device="npu").double(),
+        lambda: torch.zeros(2, dtype=torch.float64).to("npu"),
+    ):
+        with pytest.raises(TypeError, match="npu has no float64"):
+            make()
 
 
 # -- a run goes on --
@@ -301,6 +368,32 @@ def test_pictures_of_the_device_are_those_of_the_cpu(runs):
         assert np.abs(one - other).max() <= 1
     assert made[0][1] == made[1][1]
     assert made[0][0][0].std() > 0
+
+
+def test_an_mllm_predicts_as_on_the_cpu(runs, tmp_path):
+    lines = [
+        {"prompt": "a square", "id": "made"},
+        {"image": "made.png", "instruction": "bigger", "id": "edited"},
+    ]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "made.png")
+    run, found = SavedRun(runs / "mllm"), []
+    for where in (ON_NPU, ON_CPU):
+        module = MLLMStage3(
+            run.build(MLLM, "model", "init_args", "mllm"), 0, tokenizer=str(runs / "dualvitok")
+        )
+        text = str(run.section("data", "init_args", "text_tokenizer"))
+        data = ConversationDataModule(text, module.model.vocabulary, predict=str(tmp_path / "jobs.jsonl"))
+        folder, seen = tmp_path / where["accelerator"], Seen()
+        phases = [Phase(1, "fixed", 32, 1, 1)]
+        trainer = trainer_for(folder, phases, PredictionAnswers(), seen, deterministic=False, **where)
+        trainer.predict(module, data, return_predictions=False, ckpt_path=run.checkpoint)
+        assert seen.devices == {"npu:1" if where is ON_NPU else "cpu"}
+        names = [folder / "predictions" / "pictures" / f"{line['id']}.png" for line in lines]
+        found.append([np.asarray(Image.open(name), np.int16) for name in names])
+    for one, other in zip(*found, strict=True):
+        assert np.abs(one - other).max() <= 1 and one.std() > 0
 
 
 def test_the_command_generates_on_the_device(runs, tmp_path):

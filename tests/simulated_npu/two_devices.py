@@ -10,8 +10,8 @@ import test_dualvitok_module as dualvitok
 import test_mllm_stages as mllm
 import torch
 from test_mllm_stages import MLLMStage3
+from tiny_trainer import trainer_for
 
-from callbacks import ExactResume, ResolutionCurriculum
 from illume_lightning.data.plan import Phase
 from illume_lightning.lit import npu_strategies  # noqa: F401  # makes them known
 from illume_lightning.lit.datamodule import ImageDataModule, Source
@@ -32,18 +32,7 @@ class Result(L.Callback):
 
 def fit(where: dict[str, Any], phases: list[Phase], module: L.LightningModule, data: Any) -> dict[str, Any]:
     result = Result()
-    trainer = L.Trainer(
-        max_steps=phases[-1].until_step,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        limit_val_batches=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[ResolutionCurriculum(phases), ExactResume(), result],
-        **where,
-    )
+    trainer = trainer_for(None, phases, result, limit_val_batches=0, deterministic=False, **where)
     trainer.fit(module, data)
     return {"weights": result.weights, "device": result.device, "mean_rank": result.mean_rank}
 

@@ -9,7 +9,23 @@ import torch
 
 _device = torch.ops.simulated_npu
 Event = partial(torch.Event, device="npu")
-amp = SimpleNamespace(GradScaler=partial(torch.amp.GradScaler, "npu"))
+
+
+class GradScaler(torch.amp.GradScaler):
+    """torch's, whose reciprocal of the scale is of fp64."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__("npu", **options)
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        _device.refuse_fp64(False)
+        try:
+            super().unscale_(optimizer)
+        finally:
+            _device.refuse_fp64(True)
+
+
+amp = SimpleNamespace(GradScaler=GradScaler)
 
 
 class device:

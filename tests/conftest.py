@@ -1,11 +1,20 @@
 """Fixtures that several test folders share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """A run with FSDP2 leaves its port in the environment, where processes that a later test starts would take it."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,9 @@ class TF32(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave both as they were."""
-        for backend, before in zip(_backends(), self._before, strict=False):
+        if not self._before:  # nothing was switched
+            return
+        for backend, before in zip(_backends(), self._before, strict=True):
             backend.allow_tf32 = before
         self._before = []
 

@@ -5,9 +5,6 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-_SCORES = (("scores.json",), ("scores", "scores.json"))
-"""Of an evaluation, from its own folder and from its run's."""
-
 
 def generate(
     run: str,
@@ -224,7 +221,9 @@ def report(folders: list[str], out: str | None = None) -> None:
         out: folder to write to; by default a schedule's page goes to its own, and a comparison (seeds.md, seeds.tex,
             seeds.csv) nowhere.
     """
-    if len(folders) > 1 or any(Path(folder, *scores).is_file() for folder in folders for scores in _SCORES):
+    from illume_lightning.report.seeds import find_scores
+
+    if len(folders) > 1 or find_scores(Path(folders[0])) is not None:
         from illume_lightning.report.seed_tables import write_seeds
 
         text, paths = write_seeds(folders, out)

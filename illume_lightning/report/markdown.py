@@ -7,7 +7,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 from illume_lightning.report.content import Content, SampleGroup, SampleView
-from illume_lightning.report.paper import PaperNumber
 from illume_lightning.report.pictures import Picture
 from illume_lightning.report.runs import Gap
 from illume_lightning.report.score_tables import ScoreTable
@@ -64,18 +63,21 @@ def _scores(scores: ScoreTable) -> Iterator[str]:
     )
     header = ("score", ">value", ">95 % interval", ">n", "baselines", "the paper, on other data")
     rows = [
-        (row.label, row.value, row.interval, row.n, row.baselines, "; ".join(map(_paper, row.paper)))
+        (
+            row.label,
+            row.value,
+            row.interval,
+            row.n,
+            row.baselines,
+            "; ".join(number.cited for number in row.paper),
+        )
         for row in scores.rows
     ]
     yield from table(header, rows)
     others = [number for number in scores.paper if number.beside is None]
     if others:
-        yield f"Also in the paper, not on the same data: {plain('; '.join(map(_paper, others)))}."
+        yield f"Also in the paper, not on the same data: {plain('; '.join(number.cited for number in others))}."
         yield ""
-
-
-def _paper(number: PaperNumber) -> str:
-    return f"{number.shown} ({number.model}, {number.measured}, {number.source})"
 
 
 def _samples(group: SampleGroup, folder: Path) -> Iterator[str]:
@@ -111,7 +113,7 @@ def _codebook(content: Content) -> Iterator[str]:
     if content.codebook:
         yield from table(header, [(row.data, *row.semantic, *row.pixel) for row in content.codebook])
     if content.codebook_paper:
-        yield f"In the paper: {plain('; '.join(map(_paper, content.codebook_paper)))}."
+        yield f"In the paper: {plain('; '.join(number.cited for number in content.codebook_paper))}."
         yield ""
     if content.codebook_gap:
         yield from _gaps([content.codebook_gap])

@@ -49,6 +49,11 @@ class PaperNumber:
         """What was measured, and on what."""
         return self.metric if self.benchmark in self.metric else f"{self.metric}, on {self.benchmark}"
 
+    @property
+    def cited(self) -> str:
+        """The number, whose it is, what was measured, and where it stands."""
+        return f"{self.shown} ({self.model}, {self.measured}, {self.source})"
+
 
 def read_paper_numbers(path: Path = PAPER_NUMBERS) -> dict[str, list[PaperNumber]]:
     """The paper's numbers by area; empty where the file is not at hand, as it comes with the repository.

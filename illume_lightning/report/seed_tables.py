@@ -49,7 +49,12 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
         header = ["task", "score", *(f">{name}" for name in _headings(comparison))]
         header += ["the paper, on other data"] if has_paper else []
         rows = [
-            (row.task, row.name, *_cells(row), *([_paper(row)] if has_paper else ()))
+            (
+                row.task,
+                row.name,
+                *_cells(row),
+                *(["; ".join(number.cited for number in row.paper)] if has_paper else ()),
+            )
             for row in comparison.rows
         ]
         lines += [f"{_title(comparison)}:", "", *table(header, rows)]
@@ -116,12 +121,6 @@ def _cell(cell: Cell, unit: str) -> str:
     if cell.std is None:
         return words.number(cell.mean, unit)
     return f"{words.number(cell.mean, unit, with_unit=False)} ± {words.number(cell.std, unit)}"
-
-
-def _paper(row: Row) -> str:
-    return "; ".join(
-        f"{number.shown} ({number.model}, {number.measured}, {number.source})" for number in row.paper
-    )
 
 
 def _tex(text: str) -> str:

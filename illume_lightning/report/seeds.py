@@ -126,10 +126,15 @@ def compare(folders: Sequence[str | Path]) -> list[Comparison]:
     return [_comparison(part, groups, paper) for part, groups in named.items()]
 
 
+def find_scores(folder: Path) -> Path | None:
+    """The folder of an evaluation's scores, given itself or its run's; none where there are none."""
+    return next((path for path in (folder, folder / "scores") if (path / SCORES).is_file()), None)
+
+
 def _scored(folder: Path) -> list[Path]:
     """Folders of the scores that a folder stands for."""
-    if (folder / SCORES).is_file():
-        return [folder]
+    if (found := find_scores(folder)) is not None:
+        return [found]
     if (folder / "state.json").is_file():
         state = read_state(folder)
         steps = [step for step in state.steps if step.command[:1] == ("evaluate",)]
@@ -137,9 +142,7 @@ def _scored(folder: Path) -> list[Path]:
         if missing:
             raise FileNotFoundError(f"{folder}: {missing[0].output} has no scores; run `{missing[0].shown}`")
         return [state.path(step.output) for step in steps]
-    if not (folder / "scores" / SCORES).is_file():
-        raise FileNotFoundError(f"{folder} has no scores; run `illume evaluate {folder}`")
-    return [folder / "scores"]
+    raise FileNotFoundError(f"{folder} has no scores; run `illume evaluate {folder}`")
 
 
 def _name(folder: Path) -> str:

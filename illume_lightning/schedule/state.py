@@ -1,10 +1,7 @@
-"""What has been done, in a file that is whole at every instant, and a lock on its folder."""
+"""What has been done, in a file that is whole at every instant."""
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,6 @@ from illume_lightning.schedule.steps import Schedule, Step
 
 VERSION = 1
 STATE = "state.json"
-LOCK = "lock"
 
 
 @dataclass
@@ -103,29 +99,6 @@ class State:
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, self.folder / STATE)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a schedule's folder for this process; the system lets go when the process ends, however it ends.
-
-    Raises:
-        BlockingIOError: If another process holds it; names it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise BlockingIOError(
-                f"{folder} is being worked on by process {holder}: wait for it, or stop it first"
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
 
 
 def _entry(step: Step, saved: dict[str, Any] | None) -> StepState:

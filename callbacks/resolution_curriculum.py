@@ -96,8 +96,13 @@ class ResolutionCurriculum(L.Callback):
             )
         module: Any = pl_module
         module.accumulation, module.micro_batch = place.accumulation, place.number
+        loop = trainer.fit_loop.epoch_loop
         # Lightning's own counter, the x axis of all loggers, would count micro-batches.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = place.step
+        loop._batches_that_stepped = place.step
+        if place.number == 0:
+            # Lightning repeats what is not logged anew; a resumed run has nothing to repeat.
+            for metric in loop._results.values():
+                metric.has_reset |= metric.meta.name.startswith("train/")
         index = self.schedule.phase_index(place.step)
         phase = self.schedule.phases[index]
         if phase.lr is not None and index != self._phase:

@@ -19,6 +19,7 @@ class Noisy(L.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(4))
         self.drawn: list[tuple] = []
+        self.validated: list[int] = []
 
     def training_step(self, batch, batch_idx):
         noise = torch.randn(4)
@@ -26,6 +27,7 @@ class Noisy(L.LightningModule):
         return (self.weight - torch.nn.functional.dropout(noise, 0.5) * self.drawn[-1][1]).square().sum()
 
     def validation_step(self, batch, batch_idx):
+        self.validated.append(self.global_step)
         random.random(), np.random.rand(3), torch.randn(5)
 
     def configure_optimizers(self):
@@ -77,6 +79,16 @@ def test_validation_does_not_touch_training():
     assert run(validate_every=4, exact=False).drawn != plain.drawn
 
 
+def test_a_validation_that_is_due_at_the_checkpoint_is_made(tmp_path):
+    """It is written before."""
+    whole = run(tmp_path, validate_every=3)
+    sanity = [0, 0]
+    assert whole.validated == sanity + [3] * 3 + [6] * 3 + [9] * 3 + [12] * 3
+    for step, steps in ((5, (6, 9, 12)), (6, (6, 9, 12)), (7, (9, 12))):
+        again = run(ckpt_path=tmp_path / f"step={step}.ckpt", validate_every=3)
+        assert [s for s in again.validated if s] == [s for s in steps for _ in range(3)], step
+
+
 class SaveAfterValidation(L.Callback):
     """Saves when validation has drawn its numbers and training goes on."""
 
@@ -91,6 +103,7 @@ class SaveAfterValidation(L.Callback):
 def test_a_checkpoint_saved_after_validation_is_exact_too(tmp_path):
     whole = run(validate_every=3, callback=SaveAfterValidation(tmp_path))
     again = run(ckpt_path=tmp_path / "after6.ckpt", validate_every=3, seed=99)
+    assert [step for step in again.validated if step] == [9] * 3 + [12] * 3
     assert [drawn[1:] for drawn in again.drawn] == [drawn[1:] for drawn in whole.drawn[6:]]
     assert torch.equal(again.weight, whole.weight)
 
@@ -109,3 +122,29 @@ def test_another_number_of_processes_is_reported(tmp_path, caplog):
     torch.save(checkpoint, tmp_path / "two.ckpt")
     assert len(run(ckpt_path=tmp_path / "two.ckpt").drawn) == STEPS - 3
     assert "the checkpoint is of 2 processes and there are 1" in caplog.text
+
+
+class Accumulating(L.LightningModule):
+    is_last_micro_batch = False
+
+
+def test_within_a_training_step_its_beginning_is_saved():
+    """To which a run goes back, as gradients are in no checkpoint."""
+    callback, module, trainer = ExactResume(), Accumulating(), L.Trainer(barebones=True, accelerator="cpu")
+    torch.manual_seed(1)
+    states = []
+    for is_last in (True, False, False, True):
+        module.is_last_micro_batch = is_last
+        callback.on_train_batch_start(trainer, module, None, 0)
+        torch.rand(3)
+        states.append(callback.state_dict()["ranks"][0]["torch"])  # of a checkpoint after an exception
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+        states.append(callback.state_dict()["ranks"][0]["torch"])
+    now = torch.get_rng_state()
+    torch.manual_seed(1)
+    beginning = torch.get_rng_state()
+    torch.rand(3)
+    second = torch.get_rng_state()
+    assert all(torch.equal(state, beginning) for state in states[:1])
+    assert all(torch.equal(state, second) for state in states[1:7])
+    assert torch.equal(states[7], now)

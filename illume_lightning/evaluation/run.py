@@ -26,7 +26,9 @@ from illume_lightning.lit.planned_data import open_store
 from illume_lightning.lit.saved_run import SavedRun
 from illume_lightning.lit.tokenizer import load_tokenizer
 from illume_lightning.lit.worker import Drawing
-from illume_lightning.nn.sharded_checkpoint import require_file
+from illume_lightning.nn.sharded_checkpoint import read_rest, require_file
+from illume_lightning.provenance import commit_name
+from illume_lightning.run_json import find_run_json
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +108,8 @@ def evaluate_run(
     seconds = round(time.perf_counter() - start, 1)
     today = date.today().isoformat()
     sheet = ScoreSheet(
-        str(run), part, step, options.seed, digest, today, seconds, settings, tuple(results.scores), samples
+        *(str(run), part, step, options.seed, digest, today, seconds, settings),
+        *(tuple(results.scores), samples, *_trained(saved)),
     )
     (folder / "scores.md").write_text(markdown(sheet))
     (folder / "scores.tex").write_text(latex(sheet))
@@ -147,9 +150,15 @@ def _stores(saved: SavedRun, split: Split | None) -> dict[str, str]:
 
 def _progress(saved: SavedRun) -> tuple[int, bool]:
     """Training steps of the checkpoint, and whether they are all of the run."""
-    content = torch.load(saved.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    content = read_rest(saved.checkpoint)
     step, steps = int(content.get("global_step", 0)), saved.section("trainer", "max_steps")
     return step, steps is None or step >= steps
+
+
+def _trained(saved: SavedRun) -> tuple[str | None, str | None]:
+    """Identity of the run and commit of its code, where it has a record."""
+    record = find_run_json(saved.folder)
+    return (None, None) if record is None else (record["identity"], commit_name(record["code"]))
 
 
 def _settings(saved: SavedRun, part: Part, stores: dict[str, Any], options: Options) -> dict[str, Any]:

@@ -137,6 +137,8 @@ class ScoreSheet:
         settings: all that decides the scores beside the checkpoint and the seed.
         scores: all numbers.
         samples: the first of every task.
+        identity: of the run, as its record has it; none of runs without a record.
+        commit: of the code that trained it, with ``-dirty`` behind it where the tree was not clean.
     """
 
     run: str
@@ -149,6 +151,8 @@ class ScoreSheet:
     settings: dict[str, Any]
     scores: tuple[Score, ...]
     samples: tuple[Sample, ...]
+    identity: str | None = None
+    commit: str | None = None
 
     def is_of(self, checkpoint_sha256: str, seed: int, settings: dict[str, Any]) -> bool:
         """Whether the same evaluation would be made again."""

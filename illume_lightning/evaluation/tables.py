@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from itertools import groupby
 
+from illume_lightning.escaping import one_line, plain, tex
 from illume_lightning.evaluation.scores import Score, ScoreSheet, Unit
 
 _DIGITS: dict[Unit, int] = {"dB": 2, "ssim": 4, "nats": 4, "perplexity": 3, "distance": 4}
-
-_TEX_SIGNS = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#"}
 
 
 @dataclass(frozen=True)
@@ -24,23 +23,23 @@ class _Row:
 
 def markdown(sheet: ScoreSheet) -> str:
     """A heading and one table with a row for each score."""
-    lines = [f"{_title(sheet)}\n", "| task | score | value | 95 % limits | n | baselines |"]
+    lines = [f"{plain(_title(sheet))}\n", "| task | score | value | 95 % limits | n | baselines |"]
     lines.append("|---|---|---:|---:|---:|---|")
     for row in map(_row, sheet.scores):
         cells = (row.task, row.name, row.value, row.interval, row.n, row.baselines)
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(plain, cells))} |")
     return "\n".join(lines) + "\n"
 
 
 def latex(sheet: ScoreSheet) -> str:
     """A `tabular` for the package booktabs, a block for each task."""
-    lines = [f"% {_title(sheet)}", r"\begin{tabular}{llrrrl}", r"\toprule"]
+    lines = [f"% {one_line(_title(sheet))}", r"\begin{tabular}{llrrrl}", r"\toprule"]
     lines.append(r"Task & Score & Value & 95\,\% limits & $n$ & Baselines \\")
     for task, rows in groupby(map(_row, sheet.scores), key=lambda row: row.task):
         lines.append(r"\midrule")
         for number, row in enumerate(rows):
             cells = ("" if number else task, row.name, row.value, row.interval, row.n, row.baselines)
-            lines.append(f"{' & '.join(map(_tex, cells))} \\\\")
+            lines.append(f"{' & '.join(map(tex, cells))} \\\\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
@@ -61,7 +60,3 @@ def _row(score: Score) -> _Row:
 
 def _number(value: float, unit: Unit) -> str:
     return f"{100 * value:.1f}" if unit == "share" else f"{value:.{_DIGITS[unit]}f}"
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX_SIGNS.get(sign, sign) for sign in text)

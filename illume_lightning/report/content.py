@@ -105,6 +105,7 @@ class Content:
     codebook_paper: list[PaperNumber]
     steps: list[StepRow]
     runs: list[Run]
+    record_gaps: list[Gap]
 
 
 def read_content(state: ScheduleState) -> Content:
@@ -133,6 +134,7 @@ def read_content(state: ScheduleState) -> Content:
         codebook_paper=paper.get("codebook", []),
         steps=[_step_row(step) for step in state.steps],
         runs=runs,
+        record_gaps=[run.record_gap for run in runs if run.record_gap],
     )
 
 

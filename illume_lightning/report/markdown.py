@@ -1,11 +1,11 @@
 """The report's tables as Markdown, with links to the pictures where they lie."""
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from illume_lightning.escaping import plain
 from illume_lightning.report.content import Content, SampleGroup, SampleView
 from illume_lightning.report.pictures import Picture
 from illume_lightning.report.runs import Gap
@@ -39,7 +39,7 @@ def markdown(content: Content, folder: Path) -> str:
     lines += ["## Curves", "", "Drawn in `report.html`; the last held-out metrics of each run:", ""]
     for curves in content.curve_groups:
         for held_out in curves.held_out:
-            lines += [f"{held_out.title}, step {held_out.step:,}", ""]
+            lines += [f"{plain(held_out.title)}, step {held_out.step:,}", ""]
             header = ("data", *(f">{column}" for column in held_out.columns))
             lines += table(header, [(data, *cells) for data, cells in held_out.rows])
         lines += [f"- {plain(note)}" for note in curves.notes] + ([""] if curves.notes else [])
@@ -51,7 +51,27 @@ def markdown(content: Content, folder: Path) -> str:
         (row.name, row.state, row.started, row.duration, row.restarts, row.fingerprint, " ".join(row.words))
         for row in content.steps
     ]
-    return "\n".join([*lines, *table(header, steps)]).rstrip() + "\n"
+    lines += [*table(header, steps), *_records(content)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _records(content: Content) -> Iterator[str]:
+    yield from ("## Runs", "")
+    header = (
+        *("run", "status", "commit", "identity", ">seed", ">steps", ">samples", ">time", ">restarts"),
+        *(">most memory", "hardware", "versions"),
+    )
+    rows = [
+        (
+            *(run.title, row.status, row.commit, row.identity, row.seed, row.steps, row.samples),
+            *(row.duration, row.restarts, row.memory, row.hardware, row.versions),
+        )
+        for run in content.runs
+        if (row := run.record)
+    ]
+    if rows:
+        yield from table(header, rows)
+    yield from _gaps(content.record_gaps)
 
 
 def _scores(scores: ScoreTable) -> Iterator[str]:
@@ -148,9 +168,3 @@ def _image(picture: Picture, folder: Path) -> str:
         return plain(picture.problem)
     path = os.path.relpath(picture.path.resolve(), folder.resolve())
     return f"![{plain(picture.path.stem)}]({quote(Path(path).as_posix())})"
-
-
-def plain(text: str) -> str:
-    """Text as one line that is neither HTML nor Markdown."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\|*`\[\]_])", r"\\\1", " ".join(text.split()))

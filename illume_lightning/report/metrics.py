@@ -1,9 +1,10 @@
 """What a run logged while it trained, out of the ``metrics.csv`` of all its starts."""
 
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from illume_lightning.metric_values import Values, read_values
 
 PHASE, SIDE = "curriculum/phase", "curriculum/side"
 
@@ -57,17 +58,8 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> Metrics:
-    """Read all ``metrics/version_*/metrics.csv``, in their order.
-
-    A restarted run logs some steps again; what was logged later wins.
-    """
-    files = sorted((run / "metrics").glob("version_*/metrics.csv"), key=_version)
-    values: dict[str, dict[int, float]] = {}
-    notes = []
-    for path in files:
-        unreadable = _read(path, values)
-        if unreadable:
-            notes.append(f"{path}: {unreadable} unreadable cells were left out")
+    """Read the metrics of all of a run's starts; what was logged later wins."""
+    values, notes = read_values(run)
     notes += _not_finite(values)
     series = {
         name: [(step, value) for step, value in sorted(points.items()) if math.isfinite(value)]
@@ -76,44 +68,7 @@ def read_metrics(run: Path) -> Metrics:
     return Metrics({name: points for name, points in series.items() if points}, tuple(notes))
 
 
-def _version(path: Path) -> tuple[int, str]:
-    number = path.parent.name.removeprefix("version_")
-    return (int(number) if number.isdigit() else -1, number)
-
-
-def _read(path: Path, values: dict[str, dict[int, float]]) -> int:
-    """Add a file's values to those of earlier ones; returns how many cells are no numbers."""
-    unreadable = 0
-    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
-        rows = csv.DictReader(stream)
-        try:
-            for row in rows:
-                # A row that was being written when the run was killed lacks its last cells.
-                step = _number(row.get("step") or "")
-                if step is None or not math.isfinite(step):
-                    unreadable += 1
-                    continue
-                for name, cell in row.items():
-                    if not isinstance(cell, str) or not cell or name in ("step", "epoch"):
-                        continue
-                    value = _number(cell)
-                    if value is None:
-                        unreadable += 1
-                    else:
-                        values.setdefault(name, {})[int(step)] = value
-        except csv.Error:
-            unreadable += 1
-    return unreadable
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _not_finite(values: dict[str, dict[int, float]]) -> list[str]:
+def _not_finite(values: Values) -> list[str]:
     """One line about the names with infinite values or none, the earliest first."""
     firsts = []
     for name, points in values.items():

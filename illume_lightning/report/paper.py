@@ -1,5 +1,6 @@
 """The paper's own numbers, to stand beside ours."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from illume_lightning.report.words import SPACE
 
 PAPER_NUMBERS = Path(__file__).parents[2] / "docs" / "paper_numbers.yaml"
 AREAS = ("tokenizer", "codebook", "understanding", "generation", "editing")
+ABLATIONS = "ablations"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class PaperNumber:
     section: str
     beside: str | None = None
     """Name of our score that asks the same kind of question, on other data."""
+
+    run: str | None = None
+    """Of an ablation, the folder of the run with its setting, such as ``ablations/table9/zero_10_50``."""
 
     @property
     def value(self) -> float:
@@ -56,7 +61,7 @@ class PaperNumber:
 
 
 def read_paper_numbers(path: Path = PAPER_NUMBERS) -> dict[str, list[PaperNumber]]:
-    """The paper's numbers by area; empty where the file is not at hand, as it comes with the repository.
+    """The paper's numbers by area, and those of its ablations; empty where the repository's file is not at hand.
 
     Raises:
         ValueError: if an entry is not complete, or its value is no number.
@@ -65,7 +70,21 @@ def read_paper_numbers(path: Path = PAPER_NUMBERS) -> dict[str, list[PaperNumber
         return {}
     # As texts, so that 6.00 stays what the paper prints.
     record = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    return {area: [_number(path, entry) for entry in record[area]] for area in AREAS}
+    numbers = {area: [_number(path, entry) for entry in record[area]] for area in AREAS}
+    cells = [cell for row in record["ablations"] for cell in _cells(path, row, record["columns"])]
+    return numbers | {ABLATIONS: [_number(path, cell) for cell in cells]}
+
+
+def _cells(path: Path, row: dict[str, Any], columns: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """An entry for each value of a table's row."""
+    try:
+        given = {key: row[key] for key in ("source", "section", "run") if key in row} | {"model": "ablation"}
+        for column, value in row["values"].items():
+            yield {"metric": f"{column}, {row['row']}", "value": value, **columns[column], **given}
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: {row} lacks {error}, or has a value that `columns` doesn't name"
+        ) from error
 
 
 def _number(path: Path, entry: dict[str, Any]) -> PaperNumber:

@@ -8,8 +8,10 @@ from typing import Any
 import yaml
 
 from illume_lightning.report.metrics import Metrics, read_metrics
+from illume_lightning.report.run_records import RunRow, read_run_row
 from illume_lightning.report.schedule_state import ScheduleState, Step
 from illume_lightning.report.scores import SCORES, Scores, read_scores
+from illume_lightning.run_json import RUN_JSON
 
 PART_OF_MODULE = {
     "VisionEncoderModule": "vision_encoder",
@@ -53,6 +55,10 @@ class Run:
     scores_gap: Gap | None
     """Why there are no scores."""
 
+    record: RunRow | None
+    record_gap: Gap | None
+    """Why there is no record of it."""
+
     @property
     def title(self) -> str:
         """Name of the part, for people."""
@@ -93,7 +99,19 @@ def _read_run(state: ScheduleState, step: Step) -> Run:
     except ValueError as error:
         gap = Gap(f"{error}.", command)
     part = _part(config) or (folder.parent.name if folder.name.startswith("seed") else folder.name)
-    return Run(step, folder, part, text, config, read_metrics(folder), scores, gap)
+    record = _read_record(folder, step)
+    return Run(step, folder, part, text, config, read_metrics(folder), scores, gap, *record)
+
+
+def _read_record(folder: Path, step: Step) -> tuple[RunRow | None, Gap | None]:
+    try:
+        return read_run_row(folder), None
+    except FileNotFoundError:
+        return None, Gap(
+            f"{step.output} has no {RUN_JSON}: it is yet to be trained, or an earlier version did."
+        )
+    except ValueError as error:
+        return None, Gap(f"{step.output}: {error}.")
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from illume_lightning.report.json_record import field, finite, objects, read_versioned, texts
+from illume_lightning.json_record import field, finite, objects, read_versioned, texts
 
 VERSION = 1
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from illume_lightning.escaping import one_line, plain, tex
 from illume_lightning.report import words
-from illume_lightning.report.markdown import plain, table
+from illume_lightning.report.markdown import table
 from illume_lightning.report.seeds import Cell, Comparison, Row, compare
-
-_TEX_SIGNS = {sign: f"\\{sign}" for sign in "_%&#$"} | {"–": "--", words.SPACE: "~"}  # noqa: RUF001
 
 
 def write_seeds(folders: Sequence[str | Path], out: str | Path | None = None) -> tuple[str, list[Path]]:
@@ -57,7 +56,7 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
             )
             for row in comparison.rows
         ]
-        lines += [f"{_title(comparison)}:", "", *table(header, rows)]
+        lines += [f"{plain(_title(comparison))}:", "", *table(header, rows)]
         lines += [f"- {plain(text)}" for text in _differences(comparison)]
         lines += [""] if comparison.differences else []
     return "\n".join(lines).rstrip() + "\n"
@@ -67,15 +66,15 @@ def latex(comparisons: Sequence[Comparison]) -> str:
     """A `tabular` of the package booktabs for each part, a block for each task."""
     lines: list[str] = []
     for comparison in comparisons:
-        headings = [_tex(name) for name in _headings(comparison)]
-        lines += [f"% {_title(comparison)}", *(f"% {text}" for text in _differences(comparison))]
+        headings = [tex(name) for name in _headings(comparison)]
+        lines += [f"% {one_line(text)}" for text in (_title(comparison), *_differences(comparison))]
         lines += [rf"\begin{{tabular}}{{ll{'r' * len(headings)}}}", r"\toprule"]
         lines += [rf"Task & Score & {' & '.join(headings)} \\"]
         for task, rows in groupby(comparison.rows, key=lambda row: row.task):
             lines.append(r"\midrule")
             for number, row in enumerate(rows):
-                cells = ["" if number else _tex(task), _tex(row.name)]
-                cells += [_tex(cell).replace("±", r"$\pm$") for cell in _cells(row)]
+                cells = ["" if number else tex(task), tex(row.name)]
+                cells += [tex(cell) for cell in _cells(row)]
                 lines.append(rf"{' & '.join(cells)} \\")
         lines += [r"\bottomrule", r"\end{tabular}", ""]
     return "\n".join(lines)
@@ -121,7 +120,3 @@ def _cell(cell: Cell, unit: str) -> str:
     if cell.std is None:
         return words.number(cell.mean, unit)
     return f"{words.number(cell.mean, unit, with_unit=False)} ± {words.number(cell.std, unit)}"
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX_SIGNS.get(sign, sign) for sign in text)

@@ -1,13 +1,13 @@
 """The same run with several seeds: mean and standard deviation of every score, beside those of other runs."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from illume_lightning.report.paper import PaperNumber, read_paper_numbers
+from illume_lightning.report.paper import ABLATIONS, PaperNumber, read_paper_numbers
 from illume_lightning.report.schedule_state import read_state
 from illume_lightning.report.scores import SCORES, Scores, read_scores
 
@@ -94,34 +94,35 @@ def compare(folders: Sequence[str | Path]) -> list[Comparison]:
 
     Args:
         folders: of evaluated runs (``runs/shapes/mllm_stage3/seed0``), of scores, or of schedules, which stand for all
-            runs that they evaluate.
+            runs that they evaluate; what several of them name counts once.
 
     Returns:
         One comparison for each part of the model.
 
     Raises:
         FileNotFoundError: if a folder has no scores.
-        ValueError: if scores can't be read or should not be averaged or compared: of an unfinished training, of other
-            settings or of another number of steps than those of the other seeds, of other data than the other runs',
-            or of the same seed twice.
+        ValueError: if there is no folder, or scores can't be read or should not be averaged or compared: of an
+            unfinished training, of other settings or of another number of steps than those of the other seeds, of
+            other data than the other runs', or of the same seed twice.
     """
+    if not folders:
+        raise ValueError("there is nothing to compare: name folders of evaluated runs")
     named: dict[str, dict[str, dict[int, Scores]]] = {}
-    for folder in folders:
-        for path in _scored(Path(folder)):
-            scores = read_scores(path, "`illume evaluate`")
-            if not scores.is_finished:
-                raise ValueError(
-                    f"{path} is of an unfinished training (step {scores.step:,}): finish it, or leave it out"
-                )
-            name, seed = _name(path), scores.settings.get("run_seed")
-            if not isinstance(seed, int):
-                raise ValueError(f"{path} names no seed of its run; evaluate it again")
-            group = named.setdefault(scores.part, {}).setdefault(name, {})
-            if seed in group:
-                raise ValueError(f"{group[seed].folder} and {path} are both of seed {seed}: give one of them")
-            for other in group.values():
-                _check_same(other, scores)
-            group[seed] = scores
+    for path in dict.fromkeys(path for folder in folders for path in _scored(Path(folder))):
+        scores = read_scores(path, "`illume evaluate`")
+        if not scores.is_finished:
+            raise ValueError(
+                f"{path} is of an unfinished training (step {scores.step:,}): finish it, or leave it out"
+            )
+        name, seed = _name(path), scores.settings.get("run_seed")
+        if not isinstance(seed, int):
+            raise ValueError(f"{path} names no seed of its run; evaluate it again")
+        group = named.setdefault(scores.part, {}).setdefault(name, {})
+        if seed in group:
+            raise ValueError(f"{group[seed].folder} and {path} are both of seed {seed}: give one of them")
+        for other in group.values():
+            _check_same(other, scores)
+        group[seed] = scores
     paper = read_paper_numbers()
     return [_comparison(part, groups, paper) for part, groups in named.items()]
 
@@ -198,16 +199,22 @@ def _comparison(
     for scores in every[1:]:
         _check_data(every[0], scores)
     keys = dict.fromkeys((score.task, score.name, score.unit) for scores in every for score in scores.scores)
+    ablations = [number for number in paper.get(ABLATIONS, []) if _is_of(number, named)]
     rows = []
     for task, name, unit in keys:
         numbers = paper.get(task if part == "mllm" else "tokenizer" if part == "dualvitok" else "", [])
-        beside = tuple(number for number in numbers if number.beside == name)
+        beside = tuple(number for number in (*numbers, *ablations) if number.beside == name)
         rows.append(Row(task, name, unit, tuple(_cell(group, task, name) for group in groups), beside))
     settings = [group.settings for group in groups]
     names = dict.fromkeys(name for values in settings for name in values)
     found = {name: tuple(values.get(name, "") for values in settings) for name in names}
     differences = {name: values for name, values in found.items() if len(set(values)) > 1}
     return Comparison(part, groups, tuple(rows), differences)
+
+
+def _is_of(number: PaperNumber, names: Iterable[str]) -> bool:
+    """Whether one of the groups has the setting of an ablation's number."""
+    return number.run is not None and any(f"/{name}".endswith(f"/{number.run}") for name in names)
 
 
 def _common(names: list[list[str]]) -> int:

@@ -35,7 +35,16 @@ def test_a_sheet_comes_back_as_it_was(tmp_path):
     assert content["version"] == 1
     assert content["scores"][0]["baselines"] == {"chance": 0.2, "without_picture": 0.305}
     assert content["samples"][0]["wanted"] is None
+    assert content["identity"] is None and content["commit"] is None
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_sheets_of_earlier_versions_come_back_too(tmp_path):
+    sheet(identity="0123", commit="abc-dirty").write(tmp_path)
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert (content.pop("identity"), content.pop("commit")) == ("0123", "abc-dirty")
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    assert read_scores(tmp_path) == sheet()
 
 
 @pytest.mark.parametrize(

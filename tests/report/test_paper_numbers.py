@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from illume_lightning.report.paper import AREAS, PaperNumber, read_paper_numbers
+from illume_lightning.report.paper import ABLATIONS, AREAS, PAPER_NUMBERS, PaperNumber, read_paper_numbers
 
 NUMBERS = read_paper_numbers()
-ALL = [(area, number) for area in AREAS for number in NUMBERS[area]]
+ALL = [(area, number) for area in (*AREAS, ABLATIONS) for number in NUMBERS[area]]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,35 @@ def test_every_number_stands_in_its_table(area: str, number: PaperNumber, tables
         name = "ILLUME+" if number.model == "ILLUME+ 3B" else number.model
         rows = [row for row in rows if row.startswith(f"{name} ")]
     assert any(re.search(rf"(?<![\d.]){re.escape(number.printed)}%?(?![\d.])", row) for row in rows)
+
+
+def test_rows_of_ablations_are_whole(tables: dict[str, str]) -> None:
+    """The values of an entry stand in one row of the table, in its order, and every row of the table has an entry."""
+    rows = yaml.load(PAPER_NUMBERS.read_text(), Loader=yaml.BaseLoader)["ablations"]
+    for table in ("Table 6", "Table 7", "Table 8", "Table 9"):
+        entries = [" ".join(row["values"].values()) for row in rows if row["source"] == table]
+        # "-": not measured; in front of the values stands what the row is about.
+        printed = [line.replace("%", "").replace(" - ", " ") for line in tables[table].splitlines()]
+        found = [
+            line
+            for line in printed
+            if any(
+                f" {line}".removesuffix(" 6.59")
+                .removesuffix(" 100")
+                .endswith(f" {entry.removesuffix(' 100')}")
+                for entry in entries
+            )
+        ]
+        assert len(found) == len(entries), table
+        assert len(found) == sum(bool(re.search(r"\d\.\d\d \d\d\.\d\d 0\.\d\d\d", line)) for line in printed)
+
+
+def test_runs_of_ablations_are_shipped() -> None:
+    """Each stands beside the results of an overlay, and each overlay has its row."""
+    folder = Path(__file__).parents[2] / "experiments" / "ablations"
+    files = [folder / "base.yaml", *folder.glob("table*/*.yaml")]
+    runs = {str(file.relative_to(folder.parent).with_suffix("")) for file in files}
+    assert {number.run for number in NUMBERS[ABLATIONS] if number.run} == runs
 
 
 def test_geneval_is_there_in_full() -> None:

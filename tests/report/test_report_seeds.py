@@ -62,7 +62,7 @@ def test_markdown_latex_and_csv_say_the_same(runs: list[Path]) -> None:
     text = markdown(comparisons)
     assert "| task | score | base (n = 3) | discrete (n = 2) | the paper, on other data |" in text
     assert "| understanding | existence | 80.0 ± 10.0 % | 50.0 ± 0.0 % | 87.6 %" in text
-    assert r"| generation | tower\_distance | 0.2500 ± 0.0000 | – |" in text  # noqa: RUF001
+    assert r"| generation | tower_distance | 0.2500 ± 0.0000 | – |" in text  # noqa: RUF001
     assert "- limit: 96 (base), 32 (discrete)" in text
     tex = latex(comparisons)
     assert r"understanding & existence & 80.0 $\pm$ 10.0~\% & 50.0 $\pm$ 0.0~\% \\" in tex
@@ -76,6 +76,24 @@ def test_markdown_latex_and_csv_say_the_same(runs: list[Path]) -> None:
     ]
     assert float(rows[0]["mean"]) == pytest.approx(0.8) and rows[0]["seeds"] == "0 1 2"
     assert [float(value) for value in rows[0]["values"].split()] == pytest.approx([0.7, 0.8, 0.9])
+
+
+def test_the_papers_ablations_stand_beside_runs_of_their_setting(tmp_path: Path) -> None:
+    names = ("zero_10_50", "random_10_10")
+    runs = [evaluated(tmp_path, f"runs/ablations/table9/{name}", 0, 0.5, part="dualvitok") for name in names]
+    for run in runs:
+        sheet = json.loads((run / "scores/scores.json").read_text())
+        sheet["scores"] = [score("imagenet", "psnr", 20.0, "dB")]
+        write_json(run / "scores/scores.json", sheet)
+    (comparison,) = compare(runs)
+    (row,) = comparison.rows
+    shown = [(number.printed, number.source) for number in row.paper]
+    assert shown == [("22.53", "Table 4"), ("21.98", "Table 9"), ("21.97", "Table 9")]
+    assert "21.97 dB (ablation, PSNR, zero, 10 % of samples, 50 % of their" in markdown([comparison]).replace(
+        "\u00a0", " "
+    )
+    (other,) = compare([evaluated(tmp_path, "runs/toys/zero_10_50", 0, 0.5, part="dualvitok")])
+    assert not any(row.paper for row in other.rows)
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
@@ -97,9 +115,13 @@ def test_schedules_stand_for_what_they_evaluate(tmp_path: Path) -> None:
     for seed in (0, 1):
         evaluated(tmp_path, "runs/toys/mllm", seed, 0.5 + seed / 5)
         evaluated(tmp_path, "runs/toys/tokenizer", seed, 0.9, part="dualvitok", settings={"tokenizer": ""})
+        # One tokenizer for both seeds.
         steps = [
             {"name": part, "command": ["evaluate", run], "output": f"{run}/scores", "state": "finished"}
-            for part, run in ((part, f"runs/toys/{part}/seed{seed}") for part in ("tokenizer", "mllm"))
+            for part, run in (
+                ("tokenizer", "runs/toys/tokenizer/seed0"),
+                ("mllm", f"runs/toys/mllm/seed{seed}"),
+            )
         ]
         folders.append(tmp_path / f"runs/toys/schedule/seed{seed}")
         write_json(folders[-1] / "state.json", {"version": 1, "world": "toys", "seed": seed, "steps": steps})
@@ -107,6 +129,8 @@ def test_schedules_stand_for_what_they_evaluate(tmp_path: Path) -> None:
     assert list(parts) == ["dualvitok", "mllm"]
     cell = parts["mllm"].rows[0].cells[0]
     assert cell is not None and cell.values == (0.5, 0.7)
+    (shared,) = parts["dualvitok"].groups
+    assert list(shared.scores) == [0], "once, and with its own number of seeds"
     (tmp_path / "runs/toys/mllm/seed1/scores/scores.json").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"mllm/seed1/scores has no scores; run `illume evaluate runs/toys"
@@ -157,3 +181,13 @@ def test_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit):
             cli.main(["report", str(folder), str(runs[1])])
         assert re.fullmatch(r"illume report: error: .+\n", capsys.readouterr().err)
+
+
+def test_no_folder_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", "--folders", "[]"])
+    assert stop.value.code == 2
+    expected = "no folder was given: name a schedule's, or those of evaluated runs"
+    assert capsys.readouterr().err == f"illume report: error: {expected}\n"
+    with pytest.raises(ValueError, match="there is nothing to compare"):
+        compare([])

@@ -5,7 +5,6 @@ a wrong guess looks like a bad model, not like bad data.
 """
 
 import json
-import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from illume_lightning.data.image import CanonicalImage, Dropped, canonical
 from illume_lightning.data.json_file import JsonRecords
 from illume_lightning.data.parquet_file import ParquetRows
 from illume_lightning.data.part import Lost, Part, Sample
-from illume_lightning.data.source import Rules
+from illume_lightning.data.safe_file import NOT_A_FILE, RefusedFile, read_file
+from illume_lightning.data.source import SURROGATE, Rules
 from illume_lightning.data.text_tokenizer import TextTokenizer
 
 CaptionTask = Literal["understand", "generate"]
@@ -43,7 +43,6 @@ _ROLES: dict[str, Role] = {
     "gpt": "assistant",
 }
 _PLACEHOLDERS = (IMAGE, RESOLUTION_TAG)
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _ADDRESS = re.compile(r"data:|[a-zA-Z][\w+.-]*://")
 
 
@@ -81,7 +80,7 @@ class AnnotationReader:
     Args:
         rules: Which images are kept, and the splits.
         tokenizer: Counts the tokens of text.
-        image_root: Folder that names of image files are relative to.
+        image_root: Folder that names of image files are relative to, and that they may not leave.
         columns: Of records that are edits; None for conversations.
     """
 
@@ -124,13 +123,11 @@ class AnnotationReader:
     def _content(self, image: str | bytes) -> bytes:
         if isinstance(image, bytes):
             return image
-        path = os.path.join(self.image_root, image)
-        if not os.path.isfile(path):  # also of names that no file can have; pipes and devices would never end
-            raise Unusable("missing image file")
         try:
-            return Path(path).read_bytes()
-        except PermissionError as error:
-            raise Unusable("image file not readable") from error
+            return read_file(self.image_root / image, self.image_root, follow_links=self.rules.follow_links)
+        except RefusedFile as refused:
+            reason = "missing image file" if str(refused) == NOT_A_FILE else f"image {refused}"
+            raise Unusable(reason) from refused
 
     def _canonical(self, data: bytes) -> CanonicalImage:
         image = canonical(data, self.rules.limits)
@@ -249,7 +246,7 @@ def _plain(text: object, what: str) -> str:
         raise Unusable(f"no {what}")
     if any(placeholder in text for placeholder in _PLACEHOLDERS):
         raise Unusable(f"{IMAGE} or {RESOLUTION_TAG} in the {what}")
-    if _SURROGATE.search(text):
+    if SURROGATE.search(text):
         raise Unusable("text is not Unicode")
     return text.strip()
 
@@ -267,7 +264,7 @@ def _turn(entry: object, images: list[Any]) -> Turn:
         content = "\n".join(_part(part, images) for part in content)
     if not isinstance(content, str):
         raise Unusable("a turn without text")
-    if _SURROGATE.search(content):
+    if SURROGATE.search(content):
         raise Unusable("text is not Unicode")
     return Turn(role, content)
 

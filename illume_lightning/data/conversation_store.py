@@ -83,12 +83,16 @@ class ConversationStore(Store):
 
         Raises:
             IndexError: If the index is out of range.
+            DamagedRecord: If the record is not what was written.
         """
         record = self._record(index)
-        content = json.loads(record.meta)
-        conversation = Conversation(tuple(Turn(**turn) for turn in content["turns"]))
-        known = json.dumps(content.get("meta", {}), ensure_ascii=False, separators=(",", ":"))
-        return ConversationRecord(conversation, unpack_images(record.image), content["source"], known)
+        try:
+            content = json.loads(record.meta)
+            conversation = Conversation(tuple(Turn(**turn) for turn in content["turns"]))
+            known = json.dumps(content.get("meta", {}), ensure_ascii=False, separators=(",", ":"))
+            return ConversationRecord(conversation, unpack_images(record.image), content["source"], known)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise self.damaged(index, f"no conversation: {error}") from error
 
 
 def make_sample(
@@ -147,10 +151,7 @@ def unpack_images(data: bytes) -> tuple[bytes, ...]:
     position = 4 + 4 * count
     lengths = [int.from_bytes(data[at : at + 4], "little") for at in range(4, min(position, len(data)), 4)]
     if len(data) != position + sum(lengths):
-        raise ValueError(
-            f"{len(data)} bytes are not {count} packed images; the record is damaged: copy the store again or "
-            "prepare it again"
-        )
+        raise ValueError(f"{len(data)} bytes are not {count} packed images")
     images = []
     for length in lengths:
         images.append(data[position : position + length])

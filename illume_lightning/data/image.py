@@ -8,6 +8,7 @@ written again as PNG, without loss. Color profiles (ICC) are not applied.
 import io
 import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +22,15 @@ SUFFIXES = frozenset(
 _KEPT_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP"})  # MPO: a JPEG with further pictures behind it
 _MODE_NAMES = {"1": "gray", "L": "gray", "LA": "gray", "P": "palette", "PA": "palette"}
 _ORIENTATION_TAG = 0x0112
-_MAX_PIXELS = 2 * (1024 * 1024 * 1024 // 4 // 3)  # 178,956,970: where Pillow itself refuses an image
+MAX_PIXELS = 2 * (1024 * 1024 * 1024 // 4 // 3)
+"""178,956,970: where Pillow itself refuses an image."""
+
+_MAX_SCANS = 500  # of a progressive JPEG, as libjpeg-turbo's own tools; encoders write about 10
+_SCAN = b"\xff\xda"  # begins each; in the data of a picture, a zero follows ff
 
 # What Pillow's decoders raise on damaged bytes, found by cutting and overwriting files of every format.
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError, TypeError,
-           RuntimeError, OverflowError, ZeroDivisionError)  # fmt: skip
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, LookupError, TypeError,
+          RuntimeError, ArithmeticError, AssertionError, MemoryError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,15 @@ class Limits:
 
     min_side: int = 16
     max_side: int | None = None
-    max_pixels: int = _MAX_PIXELS
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         if self.min_side < 1:
             raise ValueError(f"min_side is {self.min_side}; it must be at least 1 pixel")
         if self.max_side is not None and self.max_side < self.min_side:
             raise ValueError(f"max_side is {self.max_side}, below min_side {self.min_side}; raise max_side")
-        if not 1 <= self.max_pixels <= _MAX_PIXELS:
-            raise ValueError(f"max_pixels is {self.max_pixels}; it must be between 1 and {_MAX_PIXELS}")
+        if not 1 <= self.max_pixels <= MAX_PIXELS:
+            raise ValueError(f"max_pixels is {self.max_pixels}; it must be between 1 and {MAX_PIXELS}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def canonical(data: bytes, limits: Limits = Limits()) -> CanonicalImage | Droppe
 
     Returns:
         The canonical image, or `Dropped` with one of the reasons "empty", "unreadable", "damaged",
-        "too many pixels", "side below N px", "values not finite".
+        "too many pixels", "too many scans", "side below N px", "values not finite".
     """
     if not data:
         return Dropped("empty")
@@ -152,7 +157,9 @@ def _load(data: bytes, limits: Limits) -> tuple[Image.Image, list[str]] | Droppe
             converted.append(f"{image.format} file")
         if image.format == "PNG" and data[24] == 16:  # bits per sample, in the header chunk
             converted.append("16-bit")
-        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        if image.info.get("progressive") and data.count(_SCAN) > _MAX_SCANS:
+            return Dropped("too many scans")
+        if image.format != "MPO" and getattr(image, "is_animated", False):  # n_frames would walk through them
             converted.append("animated")
         if limits.max_side is not None and max(image.size) > limits.max_side:
             scale = limits.max_side / max(image.size)
@@ -166,7 +173,7 @@ def _load(data: bytes, limits: Limits) -> tuple[Image.Image, list[str]] | Droppe
         return Dropped("too many pixels")
     except UnidentifiedImageError:
         return Dropped("unreadable")
-    except _DAMAGE:
+    except DAMAGE:
         return Dropped("damaged")
     return image, converted
 

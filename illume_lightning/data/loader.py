@@ -2,7 +2,9 @@
 
 import logging
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -11,11 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from illume_lightning.data.ahead import fetch_ahead, look_ahead
+from illume_lightning.data.image import DAMAGE
 from illume_lightning.data.plan import PlanItem
 from illume_lightning.data.remote import RemoteFile
 from illume_lightning.data.schedule import Schedule, SizeMode
 from illume_lightning.data.slots import InlineTensor, SharedSlots
-from illume_lightning.data.store import ImageStore, Store
+from illume_lightning.data.spare import DamageLog, Spares, batch_fields, of_nearest_size
+from illume_lightning.data.store import ImageStore, Record, Store
 from illume_lightning.data.transform import decode_at, is_flipped
 from illume_lightning.host_memory import keep_freed_memory
 from illume_lightning.resolution import PIXEL_STRIDE, Size, any_resolution, nearest_ratio, ratio_sizes
@@ -61,6 +65,7 @@ class ImageBatch(NamedTuple):
         dataset: int64 (B,), number of the source.
         index: int64 (B,), record in the source's store.
         sample_number: int64 (B,), running number in the run, or in the evaluation.
+        damages: what was found damaged, a line each; `index` names what was read instead.
     """
 
     images: Tensor
@@ -69,6 +74,7 @@ class ImageBatch(NamedTuple):
     dataset: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     sample_number: Tensor
+    damages: tuple[str, ...] = ()
 
 
 class PlannedImages:
@@ -78,14 +84,22 @@ class PlannedImages:
         stores: the datasets, in the plan's order.
         seed: of the augmentation.
         horizontal_flip: probability that a sample is mirrored.
+        is_tolerant: another picture may be read in place of a damaged one, see `Spares`.
     """
 
     writes_images = True
 
-    def __init__(self, stores: Sequence[ImageStore], seed: int = 0, horizontal_flip: float = 0.0) -> None:
+    def __init__(
+        self,
+        stores: Sequence[ImageStore],
+        seed: int = 0,
+        horizontal_flip: float = 0.0,
+        is_tolerant: bool = False,
+    ) -> None:
         self.stores = list(stores)
         self.seed = seed
         self.horizontal_flip = horizontal_flip
+        self.spares = Spares(seed, is_tolerant)
 
     def records(self, items: Sequence[PlanItem]) -> Iterator[tuple[ImageStore, int]]:
         """Store and number of every record of a batch."""
@@ -99,22 +113,34 @@ class PlannedImages:
             images: uint8 (B, 3, H, W) to write the pictures to; none makes a new one.
 
         Raises:
-            ValueError: if an image is damaged; names the store and the record.
+            DamagedRecord: if a record is damaged, and none may be read in its place.
         """
-        captions, metas = [], []
+        taken = []
         if images is None:
             images = torch.empty(batch_shape(items), dtype=torch.uint8)
         for image, item in zip(images.numpy(), items, strict=True):
-            store = self.stores[item.dataset]
-            record = store.read(item.index)
-            flip = is_flipped(self.seed, item.sample_number, self.horizontal_flip)
-            image[:] = decode_stored(
-                record.image, item.size, store, item.index, stretch=item.stretch, flip=flip
+            sizes = self.stores[item.dataset].sizes
+            taken.append(
+                self.spares.read(
+                    item.sample_number,
+                    item.index,
+                    partial(self._read_one, item, image),
+                    partial(of_nearest_size, sizes, item.index),
+                )
             )
-            captions.append(record.caption)
-            metas.append(record.meta)
-        numbers = torch.tensor([[item.dataset, item.index, item.sample_number] for item in items])
-        return ImageBatch(images, captions, metas, *numbers.unbind(dim=1))
+        captions = [one.content.caption for one in taken]
+        metas = [one.content.meta for one in taken]
+        return ImageBatch(images, captions, metas, **batch_fields(items, taken))
+
+    def _read_one(self, item: PlanItem, image: np.ndarray, index: int) -> Record:
+        """Read a record for a sample's place, and write its picture (3, H, W) there."""
+        store = self.stores[item.dataset]
+        record = store.read(index)
+        flip = is_flipped(self.seed, item.sample_number, self.horizontal_flip)
+        # A picture in another's place may have any size; stretched, its content would be distorted.
+        stretch = item.stretch and (store.sizes[index] == store.sizes[item.index]).all()
+        image[:] = decode_stored(record.image, item.size, store, index, stretch=bool(stretch), flip=flip)
+        return record
 
 
 def decode_stored(
@@ -123,15 +149,12 @@ def decode_stored(
     """`decode_at` for an image of the record `index` of a store.
 
     Raises:
-        ValueError: if the image is damaged; names the store and the record.
+        DamagedRecord: if the image is damaged; names the store and the record.
     """
     try:
         return decode_at(data, size, stretch=stretch, flip=flip)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"an image of record {index} of {store.location} cannot be decoded ({error}); copy the store again or "
-            "prepare it again"
-        ) from error
+    except DAMAGE as error:
+        raise store.damaged(index, f"an image cannot be decoded: {error}") from error
 
 
 def batch_shape(items: Sequence[PlanItem]) -> tuple[int, int, int, int]:
@@ -277,6 +300,7 @@ class PlanLoader(BatchLoader):
         batches: this device's share of the plan.
         finished_steps: tells how many training steps are finished.
         fingerprint: of the data and seed.
+        max_bad_samples: damaged records that are replaced until the run ends with an error.
         options: of BatchLoader.
     """
 
@@ -288,12 +312,19 @@ class PlanLoader(BatchLoader):
         batches: PlanBatches,
         finished_steps: Callable[[], int],
         fingerprint: str,
+        max_bad_samples: int = 0,
         **options: Any,
     ) -> None:
         max_pixels = max(phase.micro_batch_size * phase.max_area for phase in batches.plan.schedule.phases)
         super().__init__(reader, batches, 3 * max_pixels, **options)
         self._finished_steps = finished_steps
         self._fingerprint = fingerprint
+        self._damage_log = DamageLog(max_bad_samples)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            self._damage_log.add(getattr(batch, "damages", ()))
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Finished training steps, and the fingerprint of what they read."""
@@ -364,6 +395,8 @@ def deal_batches(
 
 
 def _start_worker(number: int) -> None:
+    # A scheduler may ask the whole process group to end: the run saves first, and then ends its workers.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     keep_freed_memory()  # decoding needs the same blocks over and over
 
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from illume_lightning.data.conversation_store import ConversationStore
 from illume_lightning.data.loader import decode_stored
 from illume_lightning.data.packing import MicroBatchItems, PackItem, SizedImage, image_size
 from illume_lightning.data.schedule import Phase
+from illume_lightning.data.spare import Spares, batch_fields
 from illume_lightning.data.store import Store
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.token_cache import TokenCache
@@ -45,6 +47,7 @@ class PackedBatch(NamedTuple):
         dataset: int64 (B,), number of the source.
         index: int64 (B,), record in the source's store.
         sample_number: int64 (B,), running number in the run, or in the evaluation.
+        damages: what was found damaged, a line each; `index` names what was read instead.
     """
 
     ids: Tensor
@@ -65,6 +68,7 @@ class PackedBatch(NamedTuple):
     dataset: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     sample_number: Tensor
+    damages: tuple[str, ...] = ()
 
 
 class ConversationData(NamedTuple):
@@ -95,6 +99,7 @@ class PackedConversations:
         condition_dropout: probability that a conversation with a target image loses its users' texts, for
             guidance.
         release_prompts: it gets the official release's unconditional prompts instead.
+        is_tolerant: another conversation may be read in place of a damaged one, see `Spares`.
     """
 
     writes_images = False
@@ -108,11 +113,13 @@ class PackedConversations:
         seed: int = 0,
         condition_dropout: float = 0.0,
         release_prompts: bool = False,
+        is_tolerant: bool = False,
     ) -> None:
         self.data, self.phases = list(data), list(phases)
         self.vocabulary, self.tokenizer = vocabulary, tokenizer
         self.seed = seed
         self.condition_dropout, self.release_prompts = condition_dropout, release_prompts
+        self.spares = Spares(seed, is_tolerant)
 
     @property
     def stores(self) -> list[Store]:
@@ -132,34 +139,38 @@ class PackedConversations:
         """Read a micro-batch; ``images`` is not used.
 
         Raises:
-            ValueError: if an image is damaged; names the store and the record.
+            DamagedRecord: if a record is damaged, and none may be read in its place.
         """
-        rows = [[self._sample(item) for item in row] for row in items.rows]
-        packer = _Packer(rows)
         flat = [item for row in items.rows for item in row]
-        numbers = torch.tensor([[item.dataset, item.index, item.sample_number] for item in flat])
+        taken = [
+            self.spares.read(
+                item.sample_number, item.index, partial(self._sample, item), partial(self._alike, item)
+            )
+            for item in flat
+        ]
+        samples = iter(taken)
+        packer = _Packer([[next(samples).content for _ in row] for row in items.rows])
         return PackedBatch(
             **packer.tokens(),
             **packer.places("inputs", "images", "semantic_slots", "pixel_slots"),
             **packer.places("targets", "target_images", "target_semantic_slots", "target_pixel_slots"),
             num_supervised=items.num_supervised,
-            dataset=numbers[:, 0],
-            index=numbers[:, 1],
-            sample_number=numbers[:, 2],
+            **batch_fields(flat, taken),
         )
 
-    def _sample(self, item: PackItem) -> "_Sample":
+    def _sample(self, item: PackItem, index: int) -> "_Sample":
+        """Read a conversation for a sample's place."""
         data, phase = self.data[item.dataset], self.phases[item.phase]
-        record = data.store.read(item.index)
+        record = data.store.read(index)
         cache = data.cache(phase)
         conversation, shown = record.conversation, tuple(range(len(record.images)))
         if self._is_unconditional(item, conversation):
             conversation, shown = unconditional(conversation, self.release_prompts)
         tokens = token_sequence(
             render(conversation, self.tokenizer),
-            self._sizes(item),
+            self._sizes(item, index),
             self.vocabulary,
-            lambda image: None if cache is None else cache.codes(item.index, image),
+            lambda image: None if cache is None else cache.codes(index, image),
             shown,
         )
         pictures = {
@@ -167,22 +178,35 @@ class PackedConversations:
                 record.images[cells.image],
                 cells.size.size,
                 data.store,
-                item.index,
+                index,
                 stretch=cells.size.stretch,
             )
             for cells in (*tokens.inputs, *tokens.targets)
         }
         return _Sample(tokens, pictures, item.dataset)
 
-    def _sizes(self, item: PackItem) -> list[SizedImage]:
-        rows = self.data[item.dataset].store.images_of(item.index)
+    def _sizes(self, item: PackItem, index: int) -> list[SizedImage]:
+        rows = self.data[item.dataset].store.images_of(index)
         is_generation = bool(rows[:, 0].any())
         sizes = [
             image_size(self.phases[item.phase], is_generation, height, width)
             for height, width in rows[:, 1:3].tolist()
         ]
-        assert all(sizes), "the plan leaves out what would be cropped too much"
         return [size for size in sizes if size is not None]
+
+    def _alike(self, item: PackItem, random: np.random.Generator) -> Iterator[int]:
+        """Conversations with the same images but for what they show, and no more text: they fit the row."""
+        store = self.data[item.dataset].store
+        rows, sizes = store.images_of(item.index), self._sizes(item, item.index)
+        counts = np.diff(store.first_image)
+        few = np.flatnonzero((counts == len(rows)) & (store.num_text <= store.num_text[item.index]))
+        few = random.permutation(few)
+        gaps = store.num_text[item.index] - store.num_text[few]
+        learned = np.abs(store.num_supervised[item.index] - store.num_supervised[few])
+        for other in few[np.lexsort((learned, gaps))].tolist():
+            has_same = (store.images_of(other)[:, [0, 3]] == rows[:, [0, 3]]).all()
+            if other != item.index and has_same and self._sizes(item, other) == sizes:
+                yield other
 
     def _is_unconditional(self, item: PackItem, conversation: Conversation) -> bool:
         if not self.condition_dropout or not any(conversation.is_target):

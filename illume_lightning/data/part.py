@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from illume_lightning.data.store import INDEX, sha256
+from illume_lightning.data.store import INDEX, record_check, sha256
 
 PARTS = "parts"
 SCRATCH_SUFFIX = ".writing"
@@ -66,6 +66,7 @@ class _Tally:
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
     rows: list[tuple[int, ...]] = field(default_factory=list)
+    checks: list[int] = field(default_factory=list)
     converted: Counter[str] = field(default_factory=Counter)
     dropped: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
@@ -104,8 +105,9 @@ def write_part(work: Path, number: int, part: Part, splits: tuple[str, ...], chu
                 if isinstance(item, Lost):
                     tally.dropped[item.reason].append(item.name)
                     continue
-                texts = (text.encode("utf-8", "replace") for text in (item.caption, item.meta))
-                writers[item.split].add_item(len(tally.sizes), (item.image, *texts))
+                fields = item.image, item.caption.encode(), item.meta.encode("utf-8", "replace")
+                writers[item.split].add_item(len(tally.sizes), fields)
+                tally.checks.append(record_check(*fields))
                 tally.sizes.append((item.height, item.width))
                 tally.rows.append(item.row)
                 tally.converted.update(item.converted)
@@ -141,6 +143,7 @@ def _entry(tally: _Tally, chunks: list[dict[str, Any]], config: dict[str, Any] |
         "config": config,
         "sizes": tally.sizes,
         "rows": tally.rows if any(tally.rows) else [],
+        "checks": tally.checks,
         "converted": tally.converted,
         "dropped": dropped,
     }

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from illume_lightning.data.image import Limits
+from illume_lightning.data.image import MAX_PIXELS, Limits
 from illume_lightning.data.source import Rules, find_inputs, make_parts
 from illume_lightning.data.store import Manifest
 from illume_lightning.data.writer import write_stores
@@ -16,6 +16,8 @@ def prepare_images(
     holdout: float = 0.0,
     min_side: int = 16,
     max_side: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    follow_links: bool = False,
     image_column: str | None = None,
     caption_column: str | None = None,
     chunk_megabytes: int = 64,
@@ -37,6 +39,10 @@ def prepare_images(
             `<output>/train`; 0 writes one store at `output`. The choice is by a hash of the file's bytes.
         min_side: Images with a shorter side below this many pixels are dropped.
         max_side: Images with a longer side above this many pixels are stored smaller; default: as they are.
+        max_pixels: Images with more pixels are dropped before they are decoded; one of the default's size takes
+            0.7 GB while it is.
+        follow_links: Read links that lead out of a folder; by default they are dropped, as are hard links, pipes
+            and devices in archives.
         image_column: Column of parquet files with the images; default: the one of a fitting type.
         caption_column: Column of parquet files with the captions; default: "text" or "caption", if there.
         chunk_megabytes: Size of a chunk file in MB.
@@ -52,7 +58,7 @@ def prepare_images(
         RuntimeError: If another process is writing `output`.
         OSError: If the disk is full; finished parts are kept.
     """
-    rules = Rules(Limits(min_side, max_side), holdout)
+    rules = Rules(Limits(min_side, max_side, max_pixels), holdout, follow_links)
     inputs = find_inputs(sources)
     names = [Path(source).resolve().name for source in sources]
     identity = {
@@ -60,6 +66,8 @@ def prepare_images(
         "holdout": holdout, **asdict(rules.limits),
         "image_column": image_column, "caption_column": caption_column,
     }  # fmt: skip
+    if follow_links:  # stores of versions without this option stay known
+        identity["follow_links"] = True
     return write_stores(
         output,
         identity,

@@ -1,6 +1,7 @@
 """Preparing a user's own conversations: annotation files or captioned images to a store."""
 
 import logging
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from illume_lightning.data.conversation_source import (
     Unusable,
     loads,
 )
-from illume_lightning.data.image import Limits
+from illume_lightning.data.image import MAX_PIXELS, Limits
 from illume_lightning.data.input_file import InputFile, fingerprint
 from illume_lightning.data.json_file import JsonRecords, scan_json
 from illume_lightning.data.parquet_file import scan_parquet
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 AnnotationFormat = Literal["chat", "edit"]
 
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_UNPRINTED = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")  # in names of files; some end a line
 _LOOK_AT = 1000  # records, to tell what a file holds
 
 
@@ -50,6 +52,8 @@ def prepare_conversations(
     holdout: float = 0.0,
     min_side: int = 16,
     max_side: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    follow_links: bool = False,
     source_column: str | None = None,
     target_column: str | None = None,
     instruction_column: str | None = None,
@@ -77,12 +81,15 @@ def prepare_conversations(
         format: "chat" for conversations, "edit" for edits; default: what the first records look like.
         captions: Make conversations of captioned images: "understand" asks for the caption, "generate" for
             the image.
-        image_root: Folder that names of image files are relative to; default: the annotation file's.
+        image_root: Folder that names of image files are relative to, and that they may not leave; default: the
+            annotation file's.
         holdout: Share of the records, 0 to below 1, that goes to `<output>/val`, the rest going to
             `<output>/train`; 0 writes one store at `output`. The choice is by a hash of the first image, or
             of the text where there is none.
         min_side: Records with an image whose shorter side is below this many pixels are dropped.
         max_side: Images with a longer side above this many pixels are stored smaller; default: as they are.
+        max_pixels: Records with an image of more pixels are dropped before it is decoded.
+        follow_links: Read links that lead out of a folder; by default their records are dropped.
         source_column: Name of the source image in edits; default: a usual one.
         target_column: Name of the target image in edits; default: a usual one.
         instruction_column: Name of the instruction in edits; default: a usual one.
@@ -106,7 +113,8 @@ def prepare_conversations(
     """
     if part_items < 1:
         raise ValueError(f"part_items is {part_items}; it must be at least 1")
-    rules, text_tokenizer = Rules(Limits(min_side, max_side), holdout), TextTokenizer(tokenizer)
+    rules = Rules(Limits(min_side, max_side, max_pixels), holdout, follow_links)
+    text_tokenizer = TextTokenizer(tokenizer)
     edits = {
         "source_column": source_column, "target_column": target_column, "instruction_column": instruction_column,
     }  # fmt: skip
@@ -115,6 +123,8 @@ def prepare_conversations(
         "kind": CONVERSATIONS, "text_tokenizer": text_tokenizer.fingerprint, "part_items": part_items,
         "holdout": holdout, **asdict(rules.limits), "captions": captions,
     }  # fmt: skip
+    if follow_links:  # stores of versions without this option stay known
+        identity["follow_links"] = True
     if captions is None:
         _refuse("--captions", image_column=image_column, caption_column=caption_column)
         if format == "chat":
@@ -254,9 +264,13 @@ def _write_report(parts: Sequence[Part], path: Path, num_workers: int) -> None:
     else:
         found = [_lost(part) for part in parts]
     lost = [item for items in found for item in items]
-    text = "".join(f"{item.name}\t{item.reason}\n" for item in lost)
+    text = "".join(f"{_UNPRINTED.sub(_escaped, item.name)}\t{item.reason}\n" for item in lost)
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
     log.info("%d of %d records cannot be used; %s", len(lost), sum(part.num_items for part in parts), path)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return ascii(match[0])[1:-1]
 
 
 def _lost(part: Part) -> list[Lost]:

@@ -6,6 +6,7 @@ Listing touches names and headers only; the images are read by the parts, wherev
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,26 @@ from illume_lightning.data.image import SUFFIXES, Dropped, Limits, canonical
 from illume_lightning.data.input_file import InputFile, fingerprint
 from illume_lightning.data.parquet_file import ParquetRows, scan_parquet
 from illume_lightning.data.part import Lost, Part, Sample
+from illume_lightning.data.safe_file import (
+    MAX_BYTES,
+    MAX_TEXT_BYTES,
+    NOT_A_FILE,
+    TOO_LARGE,
+    RefusedFile,
+    read_file,
+)
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""What JSON can write and UTF-8 cannot."""
 
 _CAPTION_NAMES = ("text", "caption")
+
+
+class NotUnicode(Exception):
+    """A text that could not be stored as it is."""
+
+    def __init__(self) -> None:
+        super().__init__("text is not Unicode")
 
 
 @dataclass(frozen=True)
@@ -28,6 +47,7 @@ class Rules:
         limits: Which images are kept, and at which size.
         holdout: Share of the images that goes to the split "val", the rest going to "train"; with 0 there
             are no splits.
+        follow_links: Read links that lead out of the folder too.
 
     Raises:
         ValueError: If `holdout` is out of range.
@@ -35,6 +55,7 @@ class Rules:
 
     limits: Limits
     holdout: float
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
@@ -146,12 +167,18 @@ class FolderPart:
         """Read the files."""
         for file in self.files:
             try:
-                data = file.path.read_bytes()
-            except (FileNotFoundError, PermissionError):
-                yield self.rules.lost(file.name, "file not readable")
-                continue
-            sidecar = file.path.with_suffix(".txt")
-            yield self.rules.sample(file.name, data, _text(sidecar.read_bytes()) if sidecar.is_file() else "")
+                yield self._read(file)
+            except (RefusedFile, NotUnicode) as refused:
+                yield self.rules.lost(file.name, str(refused))
+
+    def _read(self, file: InputFile) -> Sample | Lost:
+        links = self.rules.follow_links
+        data = read_file(file.path, file.root, follow_links=links)
+        sidecar = file.path.with_suffix(".txt")
+        caption = ""
+        if sidecar.is_file():
+            caption = _text(read_file(sidecar, file.root, follow_links=links, max_bytes=MAX_TEXT_BYTES))
+        return self.rules.sample(file.name, data, caption)
 
 
 @dataclass(frozen=True)
@@ -175,10 +202,16 @@ class TarPart:
                 groups = _groups(archive)
                 for _, (key, _, members) in zip(range(self.num_items), groups, strict=False):
                     wanted = [next((suffix for suffix in members if suffix in SUFFIXES), ""), ".txt", ".json"]
-                    content = {
-                        suffix: _extract(archive, members[suffix]) for suffix in wanted if suffix in members
-                    }
-                    yield self._sample(f"{self.file.name}/{key}", content)
+                    name = f"{self.file.name}/{key}"
+                    try:
+                        content = {
+                            suffix: _extract(archive, members[suffix])
+                            for suffix in wanted
+                            if suffix in members
+                        }
+                        yield self._sample(name, content)
+                    except (RefusedFile, NotUnicode) as refused:
+                        yield self.rules.lost(name, str(refused))
 
     def _sample(self, name: str, content: dict[str, bytes]) -> Sample | Lost:
         image = next((data for suffix, data in content.items() if suffix in SUFFIXES), None)
@@ -188,12 +221,14 @@ class TarPart:
         if ".json" in content:
             try:
                 loaded = json.loads(content[".json"])
-            except (json.JSONDecodeError, UnicodeDecodeError):
+            except (ValueError, RecursionError):
                 return Lost(name, "json not readable", self.rules.split(image))
             meta = loaded if isinstance(loaded, dict) else {}
         caption = _text(content[".txt"]) if ".txt" in content else ""
         captions = [caption, *(meta.get(key) for key in reversed(_CAPTION_NAMES))]
         caption = next((text for text in captions if isinstance(text, str) and text), "")
+        if SURROGATE.search(caption):
+            raise NotUnicode
         return self.rules.sample(name, image, caption, json.dumps(meta))
 
 
@@ -224,13 +259,14 @@ class ParquetPart:
 
 
 def _walk(root: Path) -> Iterator[InputFile]:
-    """All files below a folder, but hidden ones."""
+    """All files below a folder, but hidden ones; folders that are links are not entered."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
             path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                yield InputFile(f"{root.resolve().name}/{path.relative_to(root).as_posix()}", path)
+            # Pipes, devices and links to nothing are listed where they look like images, and so counted.
+            if not name.startswith(".") and (_kind(path) == "image" or path.is_file()):
+                yield InputFile(f"{root.resolve().name}/{path.relative_to(root).as_posix()}", path, root)
 
 
 def _kind(path: Path) -> str:
@@ -242,8 +278,11 @@ def _kind(path: Path) -> str:
 
 
 def _text(data: bytes) -> str:
-    """Caption text; bytes that are not UTF-8 become replacement characters."""
-    return data.decode("utf-8-sig", "replace").strip()
+    """Caption text, without a mark of byte order in front and white space around it."""
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise NotUnicode from error
 
 
 def _groups(archive: tarfile.TarFile) -> Iterator[tuple[str, int, dict[str, tarfile.TarInfo]]]:
@@ -253,7 +292,7 @@ def _groups(archive: tarfile.TarFile) -> Iterator[tuple[str, int, dict[str, tarf
         archive.members.clear()  # type: ignore[attr-defined]  # or the headers of the whole archive pile up in memory
         folder, _, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
-        if not member.isfile() or not stem:  # no stem: a hidden file
+        if member.isdir() or not stem:  # no stem: a hidden file
             continue
         if members and f"{folder}/{stem}" != key:
             yield key.removeprefix("/"), offset, members
@@ -266,6 +305,10 @@ def _groups(archive: tarfile.TarFile) -> Iterator[tuple[str, int, dict[str, tarf
 
 
 def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if not member.isfile():  # a link, a pipe, a device
+        raise RefusedFile(NOT_A_FILE)
+    if member.size > MAX_BYTES:  # of a sparse file, the size that it would have when unpacked
+        raise RefusedFile(TOO_LARGE)
     stream = archive.extractfile(member)
     assert stream is not None  # _groups gives files only
     return stream.read()

@@ -1,32 +1,41 @@
 """Reading a store: records by index, sizes without touching images, and proof that nothing is broken.
 
 A store is a folder with LitData chunks and their `index.json`, `sizes.npy` (int32 (N, 2), rows of height
-and width) and `manifest.json`; stores of conversations have `rows.npz` too. LitData has no checksums: a
-flipped byte in a chunk silently changes one image. The manifest therefore holds a sha256 for each chunk,
-checked by `Store.verify`. A store may lie on this machine or far away (`remote`).
+and width), `checks.npy` (uint32 (N,)) and `manifest.json`; stores of conversations have `rows.npz` too. LitData
+has no checksums: a flipped byte in a chunk would silently change one image. Every record is therefore held
+against its check when it is read. The manifest has a sha256 of every other file: those of chunks are compared by
+`Store.verify`, the others when a store is opened. A store may lie on this machine or far away (`remote`).
 """
 
 import hashlib
 import json
+import logging
 import os
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from illume_lightning.data.manifest import MANIFEST, Chunk, Manifest
 from illume_lightning.data.remote import Remote, RemoteFile, copy_manifest, is_remote
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
+
 SIZES = "sizes.npy"
+CHECKS = "checks.npy"
 ROWS = "rows.npz"
 INDEX = "index.json"
 PARTIAL_SUFFIX = ".partial"
 CONVERSATIONS = "conversations"
 """The manifest's ``kind`` of stores that `conversation_store.ConversationStore` reads."""
+
+# What LitData's reader raises on damaged chunks, found by overwriting them.
+_DAMAGE = (OSError, ValueError, IndexError, KeyError, TypeError, AssertionError, OverflowError, MemoryError,
+           RuntimeError, struct.error)  # fmt: skip
 
 
 class Record(NamedTuple):
@@ -37,85 +46,23 @@ class Record(NamedTuple):
     meta: str
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """One chunk file: its name, size in bytes, number of records, and sha256 as hexadecimal digits."""
-
-    filename: str
-    num_bytes: int
-    num_items: int
-    sha256: str
+def record_check(image: bytes, caption: bytes, meta: bytes) -> int:
+    """CRC-32 of a record's fields and of their lengths: a flipped bit, or a moved border, gives another one."""
+    check = zlib.crc32(struct.pack("<3I", len(image), len(caption), len(meta)))
+    for content in (image, caption, meta):
+        check = zlib.crc32(content, check)
+    return check
 
 
-@dataclass(frozen=True)
-class Loss:
-    """How many inputs were dropped for one reason, and the names of the first of them."""
-
-    count: int
-    examples: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a store holds and where it came from.
-
-    Args:
-        written: Number of records N.
-        dropped: Inputs left out, by reason.
-        converted: Number of images that were changed and encoded again, by kind of change.
-        sizes: Summary of heights and widths in pixels.
-        chunks: The chunk files in reading order.
-        identity: Inputs and options that decide the content; equal identities give equal stores.
-        packages: Versions of the packages that wrote the store.
-    """
-
-    written: int
-    dropped: dict[str, Loss]
-    converted: dict[str, int]
-    sizes: dict[str, Any]
-    chunks: tuple[Chunk, ...]
-    identity: dict[str, Any]
-    packages: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the content: equal for equal records in equal order (sha256, hexadecimal)."""
-        return hashlib.sha256("\n".join(chunk.sha256 for chunk in self.chunks).encode()).hexdigest()
-
-    def to_json(self) -> str:
-        """The text of `manifest.json`."""
-        return json.dumps({"version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
-
-    @staticmethod
-    def read(path: Path) -> "Manifest":
-        """Read a `manifest.json`.
-
-        Raises:
-            ValueError: If it is no manifest or of an unknown version.
-        """
-        try:
-            content = json.loads(path.read_text())
-            version = content.pop("version")
-        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not the manifest of a store; prepare the data again") from error
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {version}, this code reads {FORMAT_VERSION}; "
-                "prepare the data again"
-            )
-        content["dropped"] = {
-            reason: Loss(loss["count"], tuple(loss["examples"]))
-            for reason, loss in content["dropped"].items()
-        }
-        content["chunks"] = tuple(Chunk(**chunk) for chunk in content["chunks"])
-        return Manifest(**content)
+class DamagedRecord(ValueError):
+    """A record that does not come back as it was written; the message names it, its chunk and the way out."""
 
 
 class Store:
     """What stores of any content share: records by index, and files that are whole.
 
-    Opening checks that the folder is whole, by names and sizes; it reads no image. LitData is opened
-    lazily, once per process, so a store can be handed to `DataLoader` workers.
+    Opening checks that the folder is whole: names, sizes, and the content of what is no chunk; it reads no
+    image. LitData is opened lazily, once per process, so a store can be handed to `DataLoader` workers.
 
     Args:
         path: Folder of the store, on a local or mounted file system, or its address, "s3://..." or "gs://...".
@@ -141,14 +88,12 @@ class Store:
             _check_files(self.path, self.manifest)
         else:
             self._fetch_small_files(self._remote)
+        self._check_small_files()
         _check_index(self.path, self.manifest)
-        self.sizes: np.ndarray = np.load(self.path / SIZES)
+        self.sizes: np.ndarray = _numbers(self.path / SIZES, (self.manifest.written, 2))
         """Height and width of each image in pixels, int32 (N, 2)."""
-        if self.sizes.shape != (self.manifest.written, 2):
-            raise ValueError(
-                f"{self.path / SIZES} has shape {self.sizes.shape}, the manifest counts "
-                f"{self.manifest.written} records; the store is damaged: copy it or prepare it again"
-            )
+        has_checks = CHECKS in self.manifest.files
+        self._checks = _numbers(self.path / CHECKS, (self.manifest.written,)) if has_checks else None
         num_items = [chunk.num_items for chunk in self.manifest.chunks]
         self.chunk_ids: np.ndarray = np.repeat(np.arange(len(num_items), dtype=np.int32), num_items)
         """Chunk of each record, int32 (N,), ascending: records of one chunk lie side by side on disk."""
@@ -161,14 +106,53 @@ class Store:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": None}
 
+    @property
+    def has_checks(self) -> bool:
+        """Whether every record is checked when it is read; stores of older versions have no checks."""
+        return self._checks is not None
+
     def _record(self, index: int) -> Record:
-        """One record; IndexError if the index is out of range."""
+        """One record.
+
+        Raises:
+            IndexError: If the index is out of range.
+            DamagedRecord: If the record is not what was written.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self.location}, which has {len(self)}")
-        with self._held(int(self.chunk_ids[index])):
-            return self._read(index)
+        number = int(self.chunk_ids[index])
+        with self._held(number):
+            chunk = self.manifest.chunks[number]
+            try:
+                # LitData waits for minutes for a file that is missing or too short, and reading one that was cut
+                # while it is mapped ends the process.
+                num_bytes = (self.path / chunk.filename).stat().st_size
+                if num_bytes != chunk.num_bytes:
+                    raise ValueError(f"the chunk has {num_bytes} bytes instead of {chunk.num_bytes}")
+                fields = self.fields(index)
+                if self._checks is not None and record_check(*fields) != self._checks[index]:
+                    raise ValueError("its bytes are not those that were written")
+                image, caption, meta = fields
+                return Record(image, caption.decode(), meta.decode())
+            except _DAMAGE as error:
+                raise self.damaged(index, error) from error
 
-    def _read(self, index: int) -> Record:
+    def damaged(self, index: int, cause: object) -> DamagedRecord:
+        """The error for a record that is not what was written.
+
+        Args:
+            index: Of the record.
+            cause: What is wrong with it.
+        """
+        path = self.path / self.manifest.chunks[int(self.chunk_ids[index])].filename
+        way_out = "copy this file again, or prepare the store again"
+        if self._remote is not None:
+            way_out = f"delete this copy and it is fetched again, or upload {self.location} again"
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        return DamagedRecord(f"record {index} of {self.location} is damaged ({reason}), in {path}; {way_out}")
+
+    def fields(self, index: int) -> list[bytes]:
+        """A record's image, caption and meta as bytes, not checked; of a store on this machine."""
         # A forked worker must not share file positions with its parent.
         if self._stream is None or self._process != os.getpid():
             from litdata import StreamingDataset
@@ -176,8 +160,7 @@ class Store:
             self._stream = StreamingDataset(str(self.path), batch_decode=0)
             self._process = os.getpid()
         # LitData gives views into its buffers; a copy lets go of them.
-        image, caption, meta = (bytes(field) for field in self._stream[int(index)])
-        return Record(image, caption.decode(), meta.decode())
+        return [bytes(field) for field in self._stream[int(index)]]
 
     def remote_chunk(self, index: int) -> RemoteFile | None:
         """The chunk of a record; none if the store is on this machine."""
@@ -202,9 +185,17 @@ class Store:
                 f"remote.cache_gigabytes is {remote.cache_gigabytes:g}, and chunks of {self.location} have up to "
                 f"{largest / 10**9:g} GB; at least two of them must fit"
             )
-        has_rows = self.manifest.identity.get("kind") == CONVERSATIONS
-        for name in (INDEX, SIZES, *([ROWS] if has_rows else [])):
+        for name in _small_files(self.manifest):
             RemoteFile(f"{self.location}/{name}", self.path / name, remote).fetch()
+
+    def _check_small_files(self) -> None:
+        """Hold the content of the files beside the chunks against the manifest."""
+        way_out = "copy the store again or prepare it again" if self._remote is None else "delete this copy"
+        for name, digest in self.manifest.files.items():
+            if sha256(self.path / name) != digest:
+                raise ValueError(
+                    f"{self.path / name} is not the file that {MANIFEST} is of (sha256); {way_out}"
+                )
 
     def verify(self) -> None:
         """Read every chunk and compare its sha256 with the manifest.
@@ -212,16 +203,20 @@ class Store:
         Raises:
             ValueError: If chunks differ; the message names them.
         """
-        broken = []
-        for number, chunk in enumerate(self.manifest.chunks):
-            with self._held(number):
-                if sha256(self.path / chunk.filename) != chunk.sha256:
-                    broken.append(chunk.filename)
+        broken = [
+            chunk.filename
+            for number, chunk in enumerate(self.manifest.chunks)
+            if not self._is_whole(number, chunk)
+        ]
         if broken:
             raise ValueError(
                 f"{len(broken)} of {len(self.manifest.chunks)} chunks of {self.location} differ from {MANIFEST}: "
                 f"{', '.join(broken[:5])}; copy these files again or prepare the store again"
             )
+
+    def _is_whole(self, number: int, chunk: Chunk) -> bool:
+        with self._held(number):
+            return sha256(self.path / chunk.filename) == chunk.sha256
 
 
 class ImageStore(Store):
@@ -252,6 +247,7 @@ class ImageStore(Store):
 
         Raises:
             IndexError: If the index is out of range.
+            DamagedRecord: If the record is not what was written.
         """
         return self._record(index)
 
@@ -289,9 +285,15 @@ def _read_manifest(path: Path) -> Manifest:
     raise FileNotFoundError(f"there is no store at {path}; prepare it first")
 
 
+def _small_files(manifest: Manifest) -> tuple[str, ...]:
+    """Names of a store's files beside the chunks and the manifest."""
+    of_kind = (ROWS,) if manifest.identity.get("kind") == CONVERSATIONS else ()
+    return tuple(dict.fromkeys((INDEX, SIZES, *of_kind, *manifest.files)))
+
+
 def _check_files(path: Path, manifest: Manifest) -> None:
-    """Hold the names and sizes on disk against the manifest; a content check is `Store.verify`."""
-    for name in (INDEX, SIZES, *(chunk.filename for chunk in manifest.chunks)):
+    """Hold the names and sizes on disk against the manifest; chunks' content is the affair of `Store.verify`."""
+    for name in (*_small_files(manifest), *(chunk.filename for chunk in manifest.chunks)):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path / name} is missing; copy the store again or prepare it again")
     for chunk in manifest.chunks:
@@ -305,7 +307,26 @@ def _check_files(path: Path, manifest: Manifest) -> None:
 
 def _check_index(path: Path, manifest: Manifest) -> None:
     """Hold LitData's list of chunks against the manifest."""
-    index = json.loads((path / INDEX).read_text())
-    listed = [(chunk["filename"], chunk["chunk_size"]) for chunk in index["chunks"]]
+    try:
+        index = json.loads((path / INDEX).read_bytes())
+        listed = [(chunk["filename"], chunk["chunk_size"]) for chunk in index["chunks"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path / INDEX} is damaged; copy the store again or prepare it again") from error
     if listed != [(chunk.filename, chunk.num_items) for chunk in manifest.chunks]:
         raise ValueError(f"{path / INDEX} and {MANIFEST} list different chunks; prepare the store again")
+
+
+def _numbers(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of a store, of the shape that its manifest tells."""
+    try:
+        found: np.ndarray = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, MemoryError) as error:
+        raise ValueError(f"{path} is damaged ({error}); copy the store again or prepare it again") from error
+    if found.shape != shape:
+        raise ValueError(
+            f"{path} has shape {found.shape}, the manifest counts {shape[0]} records; the store is damaged: copy it "
+            "or prepare it again"
+        )
+    if found.dtype.kind not in "iu" or (found.size and found.min() < 0):
+        raise ValueError(f"{path} holds other values than whole numbers from 0; prepare the store again")
+    return found

@@ -53,8 +53,16 @@ class TextTokenizer:
 
         All of it is ordinary text: "<|im_start|>" or "<height_64>" in it is split into pieces like any other
         word, so that nobody can type a turn or a picture. The official release makes tokens of them.
+
+        Raises:
+            ValueError: if it holds a lone surrogate.
         """
-        return self._plain.encode(text, add_special_tokens=False).ids
+        try:
+            return self._plain.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # what the library calls it
+            raise ValueError(
+                f"the text holds half a character, which no file of UTF-8 has: {text[:80]!a}"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, with the special tokens; ids that the file does not know, such as vision's, are left out."""

@@ -1,5 +1,6 @@
 """Codes of conversations' target images, made before training."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,15 +72,25 @@ class TokenCache(Store):
         Args:
             record: number of the conversation.
             image: number of the image in it.
+
+        Raises:
+            DamagedRecord: if the codes are not what was written.
         """
         place = int(self._first_image[record]) + image
         if not self._is_target[place]:
             return None
         number = int(self._number[place])
         height, width = self.sizes[number].tolist()
-        flat = np.frombuffer(self._record(number).image, dtype="<i4").astype(np.int64)
-        rows, columns = grids(height, width).semantic
-        return flat[: rows * columns], flat[rows * columns :]
+        data = self._record(number).image
+        counts = [math.prod(grid) for grid in (grids(height, width).semantic, grids(height, width).pixel)]
+        if len(data) != 4 * sum(counts):
+            raise self.damaged(number, f"{len(data)} bytes are not {sum(counts)} codes")
+        flat = np.frombuffer(data, dtype="<i4").astype(np.int64)
+        semantic, pixel = flat[: counts[0]], flat[counts[0] :]
+        for name, codes in (("semantic", semantic), ("pixel", pixel)):
+            if codes.min() < 0 or codes.max() >= self.codebooks[name]:
+                raise self.damaged(number, f"{name} codes are outside 0 to {self.codebooks[name] - 1:,}")
+        return semantic, pixel
 
 
 def check_caches(caches: Sequence[TokenCache], codebooks: dict[str, int]) -> str | None:

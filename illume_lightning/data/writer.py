@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from illume_lightning import __version__
+from illume_lightning.data.manifest import MANIFEST, Chunk, Loss, Manifest
 from illume_lightning.data.part import (
     MAX_EXAMPLES,
     PARTS,
@@ -35,16 +37,14 @@ from illume_lightning.data.part import (
 )  # fmt: skip
 from illume_lightning.data.shard import current_shard
 from illume_lightning.data.store import (
+    CHECKS,
     CONVERSATIONS,
     INDEX,
-    MANIFEST,
     PARTIAL_SUFFIX,
     ROWS,
     SIZES,
-    Chunk,
-    Loss,
-    Manifest,
     find_stores,
+    sha256,
 )
 from illume_lightning.data.working_folder import DIVISION, IDENTITY, difference, divide, working_folder
 
@@ -198,7 +198,7 @@ def _finished(output: Path, identity: dict[str, Any], overwrite: bool) -> dict[s
             f"{output} was prepared from other inputs or with other options "
             f"({difference(found, identity)}); choose another output, or pass overwrite=True to replace it"
         )
-    own = {store / name for store in stores for name in (INDEX, SIZES, ROWS, MANIFEST)}
+    own = {store / name for store in stores for name in (INDEX, SIZES, ROWS, CHECKS, MANIFEST)}
     own |= {store / chunk.filename for store, manifest in stores.items() for chunk in manifest.chunks}
     foreign = sorted(path for path in output.rglob("*") if path.is_file() and path not in own)
     if foreign:
@@ -294,10 +294,15 @@ def _finish_store(folder: Path, entries: list[dict[str, Any]], identity: dict[st
     )
     np.save(folder / SIZES, sizes)
     _save_rows(folder / ROWS, entries)
+    checks = [check for entry in entries for check in entry.get("checks", [])]
+    if len(checks) == len(sizes):  # not where an older version wrote some of the parts
+        np.save(folder / CHECKS, np.array(checks, np.uint32))
     # LitData compares "updated_at" to tell whether a cached copy is stale; a hash of the content serves, and
     # unlike a time it is the same for the same data.
     index = {"chunks": listed, "config": config, "updated_at": manifest.fingerprint}
     write_text(folder / INDEX, json.dumps(index, sort_keys=True))
+    beside = [name for name in (CHECKS, INDEX, ROWS, SIZES) if (folder / name).is_file()]
+    manifest = replace(manifest, files={name: sha256(folder / name) for name in beside})
     write_text(folder / MANIFEST, manifest.to_json())
     return manifest
 

@@ -14,6 +14,7 @@ from illume_lightning.data.packed_batch import ConversationData, PackedConversat
 from illume_lightning.data.packing import ConversationSource, PackPlan, evaluation_batches
 from illume_lightning.data.remote import Remote
 from illume_lightning.data.schedule import Phase, SizeMode
+from illume_lightning.data.store import Store
 from illume_lightning.data.text_tokenizer import TextTokenizer
 from illume_lightning.data.token_cache import TokenCache, check_caches
 from illume_lightning.lit.answers import AnswerFolder
@@ -93,6 +94,8 @@ class ConversationDataModule(PlannedDataModule):
         shuffle_window: see `Plan`.
         seed: of the order and the condition's dropout.
         remote: how stores in s3:// and gs:// are read.
+        max_bad_samples: damaged training records, per device, that others are read in place of, named and counted;
+            with 0 the first one ends the run. Evaluation always ends.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -119,8 +122,9 @@ class ConversationDataModule(PlannedDataModule):
         shuffle_window: int = 4096,
         seed: int = 0,
         remote: Remote = Remote(),
+        max_bad_samples: int = 0,
     ) -> None:
-        super().__init__(num_workers, prefetch, pin_memory, shuffle_window, seed, remote)
+        super().__init__(num_workers, prefetch, pin_memory, shuffle_window, seed, remote, max_bad_samples)
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"condition_dropout {condition_dropout} is no probability; choose 0 to 1")
         for name, value in (("row_tokens", row_tokens), ("val_limit", val_limit), ("val_rows", val_rows)):
@@ -149,6 +153,10 @@ class ConversationDataModule(PlannedDataModule):
     def train_names(self) -> list[str]:
         """Tasks of training, in the order of their numbers in batches."""
         return list(self.tasks["fit"])
+
+    def stores(self) -> list[Store]:
+        """All stores that have been opened, each before the codes that were made of it."""
+        return [store for data in self._data.values() for store in (data.store, *data.caches)]
 
     def _has_training_data(self) -> bool:
         return bool(self.tasks["fit"])
@@ -222,6 +230,7 @@ class ConversationDataModule(PlannedDataModule):
             self.seed,
             self.condition_dropout,
             self.release_prompts,
+            is_tolerant=self.max_bad_samples > 0,
         )
 
     def _evaluation_loaders(self, stage: str) -> list[BatchLoader]:

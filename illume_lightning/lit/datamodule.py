@@ -21,7 +21,7 @@ from illume_lightning.data.loader import (
 )
 from illume_lightning.data.plan import DatasetSource, Phase, Plan
 from illume_lightning.data.remote import Remote
-from illume_lightning.data.store import ImageStore
+from illume_lightning.data.store import ImageStore, Store
 from illume_lightning.lit.planned_data import PlannedDataModule, open_store, replica
 from illume_lightning.resolution import PIXEL_STRIDE, check_size
 
@@ -65,6 +65,8 @@ class ImageDataModule(PlannedDataModule):
         shuffle_window: samples of a store among which the order is fully random, see `Plan`.
         seed: of the order and the augmentation.
         remote: how stores in s3:// and gs:// are read.
+        max_bad_samples: damaged training records, per device, that others are read in place of, named and counted;
+            with 0 the first one ends the run. Evaluation always ends.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -89,8 +91,9 @@ class ImageDataModule(PlannedDataModule):
         shuffle_window: int = 4096,
         seed: int = 0,
         remote: Remote = Remote(),
+        max_bad_samples: int = 0,
     ) -> None:
-        super().__init__(num_workers, prefetch, pin_memory, shuffle_window, seed, remote)
+        super().__init__(num_workers, prefetch, pin_memory, shuffle_window, seed, remote, max_bad_samples)
         if not 0 <= horizontal_flip <= 1:
             raise ValueError(f"horizontal_flip {horizontal_flip} is no probability; choose 0 to 1")
         for name, value in (("val_batch_size", val_batch_size), ("val_limit", val_limit)):
@@ -110,6 +113,10 @@ class ImageDataModule(PlannedDataModule):
         self.val_batch_size, self.val_limit = val_batch_size, val_limit
         self.horizontal_flip = horizontal_flip
         self._stores: dict[str, ImageStore] = {}
+
+    def stores(self) -> list[Store]:
+        """All stores that have been opened."""
+        return list(self._stores.values())
 
     def _has_training_data(self) -> bool:
         return bool(self.train_sources)
@@ -147,7 +154,7 @@ class ImageDataModule(PlannedDataModule):
         """
         start = 0 if self.trainer is None else self.trainer.global_step
         rank, world_size = replica(self.trainer)
-        images = PlannedImages(self._train_stores(), self.seed, self.horizontal_flip)
+        images = self._pictures()
         for step in range(start, min(start + num_batches, self.plan.schedule.num_steps)):
             yield images.read(self.plan.batch(step, 0, rank, world_size)).images
 
@@ -162,12 +169,17 @@ class ImageDataModule(PlannedDataModule):
 
     def _training_reader(self) -> PlannedImages | PlannedLatents:
         if self.tokenizer_fingerprint is None:
-            return PlannedImages(self._train_stores(), self.seed, self.horizontal_flip)
+            return self._pictures()
         if self.horizontal_flip > 0:
             raise ValueError(
                 f"horizontal_flip is {self.horizontal_flip}, and latents can't be mirrored; set it to 0"
             )
-        return PlannedLatents(self._train_stores())
+        return PlannedLatents(self._train_stores(), self.seed, is_tolerant=self.max_bad_samples > 0)
+
+    def _pictures(self) -> PlannedImages:
+        return PlannedImages(
+            self._train_stores(), self.seed, self.horizontal_flip, is_tolerant=self.max_bad_samples > 0
+        )
 
     def _evaluation_loaders(self, stage: str) -> list[BatchLoader]:
         loaders = []

@@ -73,5 +73,9 @@ class LatentPart:
     def _encode(self, size: Size, indices: list[int]) -> Iterator[Sample]:
         records = [self.store.read(index) for index in indices]
         images = torch.stack([torch.from_numpy(decode_at(r.image, size).copy()) for r in records])
-        for index, record, packed in zip(indices, records, self.encoder(images), strict=True):
+        try:
+            encoded = self.encoder(images)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}, among records {indices} of {self.store.location}") from error
+        for index, record, packed in zip(indices, records, encoded, strict=True):
             yield Sample(str(index), packed, record.caption, record.meta, *size)

@@ -29,6 +29,8 @@ class PlannedDataModule(L.LightningDataModule):
         shuffle_window: samples of a store among which the order is fully random, see `Plan`.
         seed: of the order and the augmentation.
         remote: how stores in s3:// and gs:// are read.
+        max_bad_samples: damaged training records, per device, that others are read in place of; see `Spares`.
+            With 0 the first one ends the run: what a seed trains is then never changed by a broken disk.
     """
 
     def __init__(
@@ -39,8 +41,16 @@ class PlannedDataModule(L.LightningDataModule):
         shuffle_window: int,
         seed: int,
         remote: Remote = Remote(),
+        max_bad_samples: int = 0,
     ) -> None:
         super().__init__()
+        if max_bad_samples < 0:
+            raise ValueError(
+                f"max_bad_samples {max_bad_samples} is negative; 0 ends the run at the first one"
+            )
+        self.max_bad_samples = max_bad_samples
+        self.num_replaced = 0
+        """Samples of training that others were read in place of, in this process."""
         self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
         self.shuffle_window, self.seed, self.remote = shuffle_window, seed, remote
         self.val_names: list[str] = []
@@ -81,8 +91,19 @@ class PlannedDataModule(L.LightningDataModule):
             PlanBatches(self.plan, *replica(trainer)),
             finished_steps=lambda: trainer.global_step,
             fingerprint=self._fingerprint(),
+            max_bad_samples=self.max_bad_samples,
             **self._options(),
         )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Count the samples that were replaced, under ``data/replaced``, where there are any."""
+        damages = getattr(batch, "damages", ())
+        if damages:
+            assert self.trainer is not None
+            self.num_replaced += len(damages)
+            for logger in self.trainer.loggers:
+                logger.log_metrics({"data/replaced": self.num_replaced}, self.trainer.global_step)
+        return batch
 
     def val_dataloader(self) -> list[BatchLoader]:
         """One loader for each of `val_names`."""
@@ -95,6 +116,10 @@ class PlannedDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> list[BatchLoader]:
         """One loader for each of `val_names`."""
         return self._evaluation_loaders("predict")
+
+    @abstractmethod
+    def stores(self) -> list[Store]:
+        """All stores that have been opened."""
 
     @abstractmethod
     def _has_training_data(self) -> bool: ...
@@ -140,6 +165,12 @@ def open_store(kind: type[_Store], path: str, remote: Remote = Remote()) -> _Sto
         raise FileNotFoundError(f"{error} (`illume prepare` makes stores)") from error
     if not len(store):
         raise ValueError(f"{path} has no records; make it again with `illume prepare`")
+    if not store.has_checks:
+        log.warning(
+            "%s was prepared by an older version, and damage to its pictures would go unnoticed: `illume prepare "
+            "check %s` looks for it once and adds what later reading is checked by",
+            *(path, path),
+        )
     return store
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from broken_stores import forget_files
 
 from illume_lightning.data.chat import EDIT, render
 from illume_lightning.data.conversation import IMAGE, RESOLUTION_TAG, Conversation, Turn
@@ -130,7 +131,7 @@ def test_packed_images(images: list[bytes]) -> None:
     assert unpack_images(data) == tuple(images)
     assert len(data) == 4 + 4 * len(images) + sum(map(len, images))
     for damaged in (data + b"x", data[:-1], b"\xff" + data[1:]):
-        with pytest.raises(ValueError, match="packed images; the record is damaged"):
+        with pytest.raises(ValueError, match="bytes are not .* packed images"):
             unpack_images(damaged)
     assert pack_images([b"ab"]) == b"\1\0\0\0\2\0\0\0ab"
 
@@ -146,11 +147,12 @@ def test_kinds_of_stores_are_told_apart(written: Path, pictures: Path) -> None:
 
 
 def test_broken_rows_are_noticed(written: Path, tmp_path: Path) -> None:
-    copied = Path(shutil.copytree(written, tmp_path / "talks"))
+    copied, older = (Path(shutil.copytree(written, tmp_path / name)) for name in ("talks", "older"))
     with np.load(copied / "rows.npz") as content:
         values, ends = content["values"], content["ends"]
     assert values.dtype == np.int32
     assert ends.dtype == np.int64
+    forget_files(older)
     for broken in (
         {"values": values[:-1], "ends": ends},
         {"values": values, "ends": ends[1:]},
@@ -158,11 +160,14 @@ def test_broken_rows_are_noticed(written: Path, tmp_path: Path) -> None:
         {"values": values, "ends": np.r_[0, ends[1:]]},
     ):
         np.savez(copied / "rows.npz", **broken)
-        with pytest.raises(ValueError, match=r"rows.npz and the manifest, which counts 10 .* contradict"):
+        with pytest.raises(ValueError, match=r"rows.npz is not the file that manifest.json is of"):
             ConversationStore(copied)
-    (copied / "rows.npz").write_bytes(b"PK\3\4 no archive")
+        shutil.copy(copied / "rows.npz", older)
+        with pytest.raises(ValueError, match=r"rows.npz and the manifest, which counts 10 .* contradict"):
+            ConversationStore(older)
+    (older / "rows.npz").write_bytes(b"PK\3\4 no archive")
     with pytest.raises(ValueError, match="rows.npz is damaged"):
-        ConversationStore(copied)
+        ConversationStore(older)
     (copied / "rows.npz").unlink()
     with pytest.raises(FileNotFoundError, match="rows.npz is missing"):
         ConversationStore(copied)

@@ -195,7 +195,7 @@ def test_training_batches_are_the_local_ones(
     num_workers: int, bucket: Bucket, address: str, local: Path, cache: Remote
 ) -> None:
     store = ImageStore(address, cache)
-    assert sorted(bucket.asked) == ["index.json", "manifest.json", "sizes.npy"]
+    assert sorted(bucket.asked) == ["checks.npy", "index.json", "manifest.json", "sizes.npy"]
     assert_equal(training_batches(store, num_workers=num_workers), training_batches(ImageStore(local)))
     assert bucket.chunks == {chunk.filename: 1 for chunk in store.manifest.chunks}
     # Another run finds all but the manifest on this machine, wherever it begins.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from broken_stores import forget_files
 from torch.utils.data import DataLoader, Dataset
 
 from illume_lightning.data.part import Lost, Sample
@@ -68,7 +69,7 @@ def test_records_come_back_by_index(written: Path) -> None:
         with pytest.raises(IndexError, match=str(index)):
             store.read(index)
     assert {path.name for path in written.iterdir()} == {
-        "index.json", "sizes.npy", "manifest.json", *(chunk.filename for chunk in store.manifest.chunks)
+        "index.json", "sizes.npy", "checks.npy", "manifest.json", *(chunk.filename for chunk in store.manifest.chunks)
     }  # fmt: skip
 
 
@@ -135,6 +136,9 @@ def test_broken_folders_are_refused_with_the_way_out(copied: Path, tmp_path: Pat
 def test_contradicting_files_are_refused(copied: Path) -> None:
     sizes = np.load(copied / "sizes.npy")
     np.save(copied / "sizes.npy", sizes[1:])
+    with pytest.raises(ValueError, match=r"sizes.npy is not the file that manifest.json is of \(sha256\)"):
+        ImageStore(copied)
+    forget_files(copied)
     with pytest.raises(ValueError, match=r"shape \(25, 2\), the manifest counts 26"):
         ImageStore(copied)
     np.save(copied / "sizes.npy", sizes)

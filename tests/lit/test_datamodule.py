@@ -432,7 +432,9 @@ def test_missing_and_empty_stores(stores, tmp_path):
 
 def test_a_damaged_image_is_named(stores):
     store = ImageStore(stores[0])
-    with pytest.raises(ValueError, match=r"image of record 3 of .*store1 cannot be decoded .*copy the store"):
+    with pytest.raises(
+        ValueError, match=r"record 3 of .*store1 is damaged \(an image cannot be .*copy this file"
+    ):
         decode_stored(store.read(3).image[:60], (32, 32), store, 3)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from illume_lightning.app.controls import decoder_choice, read_sampling, sampling_controls
 from illume_lightning.app.examples import Question
 from illume_lightning.app.history import History
-from illume_lightning.app.runner import QUIET, TELLING, Runner, picture_file, status, telling
+from illume_lightning.app.runner import QUIET, TELLING, Runner, picture_file, status, telling, uploaded
 from illume_lightning.app.studio import Studio, read_picture
 from illume_lightning.lit.illume import DecoderName
 from illume_lightning.lit.prompts import Chat, MadeImage
@@ -73,7 +73,7 @@ def chat_tab(studio: Studio, examples: Sequence[Question]) -> None:
 def ask(history: History, value: dict[str, Any]) -> tuple[Messages, None]:
     """Put what is in the box into the conversation, and empty the box."""
     with telling():
-        history.ask(value["text"], [read_picture(file) for file in value["files"]])
+        history.ask(value["text"], [read_picture(uploaded(file)) for file in value["files"]])
         return messages(history), None
 
 

@@ -8,6 +8,27 @@ from PIL import Image
 
 from illume_lightning.lit.prompts import MadeImage
 
+MAX_CHARACTERS = 4000
+"""Of a message, a prompt or an instruction."""
+
+MAX_PICTURES = 8
+"""Of a message."""
+
+MAX_EXCHANGES = 64
+"""Of a conversation, whose pictures stay in memory as long as its page is open."""
+
+
+def check_length(text: str) -> None:
+    """Refuse a text that is too long, before any work on it; browsers alone don't hold to a limit.
+
+    Raises:
+        ValueError: names both lengths.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(
+            f"the text has {len(text):,} characters: {MAX_CHARACTERS:,} is the most, so shorten it"
+        )
+
 
 @dataclass
 class Exchange:
@@ -39,9 +60,16 @@ class History:
         """Add a question; one before it that was never answered goes.
 
         Raises:
-            ValueError: if there is nothing in it, or an answer is being written.
+            ValueError: if there is nothing or too much in it or before it, or an answer is being written.
         """
         self._check_idle()
+        check_length(text)
+        if len(images) > MAX_PICTURES:
+            raise ValueError(
+                f"the message has {len(images)} pictures: {MAX_PICTURES} is the most, so leave some out"
+            )
+        if len(self.exchanges) >= MAX_EXCHANGES:
+            raise ValueError(f"the conversation has {MAX_EXCHANGES} questions, which is the most: clear it")
         if not text.strip() and not images:
             raise ValueError("the message is empty: write something, or add a picture")
         if self.exchanges and not self.exchanges[-1].answer:

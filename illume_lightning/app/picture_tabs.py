@@ -9,7 +9,8 @@ from PIL import Image
 
 from illume_lightning.app.controls import decoder_choice, read_sampling, sampling_controls
 from illume_lightning.app.examples import EditExample
-from illume_lightning.app.runner import QUIET, TELLING, Runner, picture_file, status, telling
+from illume_lightning.app.history import MAX_CHARACTERS
+from illume_lightning.app.runner import QUIET, TELLING, Runner, picture_file, status, telling, uploaded
 from illume_lightning.app.studio import Studio, read_picture
 from illume_lightning.lit.illume import DecoderName
 
@@ -24,7 +25,7 @@ def generate_tab(studio: Studio, examples: Sequence[str]) -> None:
     prompts = studio.illume.prompts
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            prompt = gr.Textbox(label="What the picture shows", lines=3, max_length=4000)
+            prompt = gr.Textbox(label="What the picture shows", lines=3, max_length=MAX_CHARACTERS)
             with gr.Row():
                 names = [f"{height} x {width}" for height, width in prompts.sizes]
                 size = gr.Dropdown(
@@ -59,7 +60,7 @@ def edit_tab(studio: Studio, examples: Sequence[EditExample]) -> None:
     with gr.Row():
         with gr.Column():
             original = _upload()
-            instruction = gr.Textbox(label="What to change", max_length=4000)
+            instruction = gr.Textbox(label="What to change", max_length=MAX_CHARACTERS)
             runner = Runner("Edit")
         with gr.Column():
             result = gr.Image(label="Result", height=_HEIGHT, interactive=False)
@@ -147,15 +148,15 @@ def _upload() -> gr.Image:
     return image
 
 
-def _look_at(file: dict[str, Any]) -> None:
+def _look_at(file: Any) -> None:
     with telling():
-        read_picture(file["path"])
+        _picture(file.get("path") if isinstance(file, dict) else None)
 
 
 def _picture(file: str | None) -> Image.Image:
     if file is None:
         raise ValueError("there is no picture yet: add one")
-    return read_picture(file)
+    return read_picture(uploaded(file))
 
 
 def _share(share: float) -> float | None:

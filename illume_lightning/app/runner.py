@@ -121,6 +121,18 @@ def picture_file(image: Image.Image) -> str:
     return str(path)
 
 
+def uploaded(path: str) -> Path:
+    """A file that a visitor sent.
+
+    Raises:
+        ValueError: if it is any other: whoever writes requests by hand may name all files of the server.
+    """
+    folder = Path(gr.utils.get_upload_folder()).resolve()
+    if "\0" in path or not Path(path).resolve().is_relative_to(folder) or not Path(path).is_file():
+        raise ValueError("there is no such picture on the server, or no longer: add it again")
+    return Path(path)
+
+
 def _told(job: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
     @wraps(job)
     def told(*values: Any) -> Iterator[Any]:

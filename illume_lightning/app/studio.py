@@ -7,7 +7,7 @@ from typing import NamedTuple, get_args
 
 from PIL import Image
 
-from illume_lightning.app.history import History
+from illume_lightning.app.history import History, check_length
 from illume_lightning.data.image import Dropped, Limits, canonical, decode
 from illume_lightning.lit.illume import DecoderName, Event, Illume
 from illume_lightning.lit.prompts import Chat, Edit, Generate, Task
@@ -62,8 +62,9 @@ class Studio:
         """Make pictures of a prompt, with seeds that follow one another.
 
         Raises:
-            ValueError: as ``Illume.check``.
+            ValueError: as ``Illume.check``, or if the prompt is too long.
         """
+        check_length(prompt)
         return self._make([Generate(prompt, size, seed + n, sampling) for n in range(count)], decoder)
 
     def edit(
@@ -77,8 +78,9 @@ class Studio:
         """Change a picture; the result has its size.
 
         Raises:
-            ValueError: as ``Illume.check``.
+            ValueError: as ``Illume.check``, or if the instruction is too long.
         """
+        check_length(instruction)
         return self._make([Edit(image, instruction, seed, sampling)], decoder)
 
     def reconstruct(self, image: Image.Image) -> Iterator[dict[DecoderName, Image.Image]]:

@@ -1,5 +1,6 @@
 """From what a user wants to what the engine answers: prompts with pictures, sizes and an unconditional twin."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from illume_lightning.nn.generation import Prompt, Request
 from illume_lightning.nn.token_sampling import SegmentSampling, TokenSampling
 from illume_lightning.resolution import Size, any_resolution, nearest_ratio
 from illume_lightning.vocabulary import Vocabulary
+
+# Possessive: no way back, and no time for one.
+_SIGNS = re.compile(r"(?<!<)<++image>++|(?<!\{)\{++resolution_tag\}++")
 
 
 @dataclass(frozen=True)
@@ -274,7 +278,7 @@ def _plain(text: str, name: str) -> str:
     for sign in (IMAGE, RESOLUTION_TAG):
         if sign in text:
             raise ValueError(
-                f"the {name} {text!r} holds {sign}, which stands for a picture here: write it differently"
+                f"the {name} {text[:80]!r} holds {sign}, which stands for a picture here: write it differently"
             )
     if not text.strip():
         raise ValueError(f"the {name} is empty: say what to do")
@@ -290,22 +294,28 @@ def _turn(message: Mapping[str, Any]) -> tuple[Turn, list[Image.Image | MadeImag
         content = [{"type": "text", "text": content}]
     texts: list[str] = []
     images: list[Image.Image | MadeImage] = []
+    words = ""  # since the last picture
     for item in content or ():
         image = item.get("image")
         if item.get("type") == "image" and isinstance(image, Image.Image | MadeImage):
-            texts.append(IMAGE)
+            texts += [_typed(words), IMAGE]
             images.append(image)
+            words = ""
         elif item.get("type") == "text" and isinstance(item.get("text"), str):
-            texts.append(
-                item["text"].replace(IMAGE, IMAGE[1:-1]).replace(RESOLUTION_TAG, RESOLUTION_TAG[1:-1])
-            )
+            words += item["text"]
         else:
             raise ValueError(
                 f"a {role} message holds {item!r}: use text, or an image that is a PIL image or one made here"
             )
+    texts = [text for text in (*texts, _typed(words)) if text]
     if not "".join(texts).strip():
         raise ValueError(f"a {role} message is empty: say something, or leave it out")
     return Turn(role, _lines(texts)), images
+
+
+def _typed(text: str) -> str:
+    """A user's words; what would stand for a picture or a size loses its brackets, however many there are."""
+    return _SIGNS.sub(lambda found: found[0].strip("<{}>"), text)
 
 
 def _lines(texts: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """What a run left behind: its configuration and its last checkpoint, built into a model again."""
 
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -7,6 +8,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from illume_lightning.lit.class_paths import restrict
 from illume_lightning.nn.checkpoints import check_state_dict, read_state_dict
 from illume_lightning.nn.sharded_checkpoint import is_sharded
 
@@ -14,6 +16,8 @@ M = TypeVar("M", bound=nn.Module)
 
 LAST = Path("checkpoints") / "last.ckpt"
 CONFIG = "config.yaml"
+
+_MOST_VALUES = 1_000_000
 
 
 class SavedRun:
@@ -24,6 +28,7 @@ class SavedRun:
 
     Raises:
         FileNotFoundError: if there is no checkpoint, or no configuration beside it.
+        ValueError: if the configuration can't be read.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -38,7 +43,7 @@ class SavedRun:
                     f"{path} is no run: {file} is missing; give the folder of a run of `illume fit`, or one of its "
                     "checkpoints"
                 )
-        self.config: dict[str, Any] = yaml.safe_load(config.read_text())
+        self.config = _read(config)
 
     @staticmethod
     def has_config(file: Path) -> bool:
@@ -60,6 +65,7 @@ class SavedRun:
             keys: where it stands.
 
         Raises:
+            ArgumentError: if it names classes that are not allowed (``class_paths``), or an argument is wrong.
             ValueError: if the run has no such part.
         """
         section = self.section(*keys)
@@ -67,6 +73,7 @@ class SavedRun:
             raise ValueError(
                 f"{self.folder} has no {'.'.join(keys)} in its configuration: it is a run of another part"
             )
+        restrict()
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(kind, "part")
         return parser.instantiate_classes(parser.parse_object({"part": _untrained(section)})).part
@@ -82,6 +89,32 @@ class SavedRun:
         check_state_dict(model.state_dict(), state, f"{self.checkpoint} ({part})")
         model.load_state_dict(state)
         return model
+
+
+def _read(config: Path) -> dict[str, Any]:
+    """Plain values alone; YAML's tags would make objects."""
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{config} can't be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{config} is no configuration of a run: it holds {str(content)[:80]}")
+    if _num_values(content, {}) > _MOST_VALUES:
+        raise ValueError(
+            f"{config} is no configuration of a run: its references make endless values of few lines"
+        )
+    return content
+
+
+def _num_values(section: Any, known: dict[int, float]) -> float:
+    """Values in all, where one that is referred to counts each time; infinitely many if it holds itself."""
+    if not isinstance(section, dict | list):
+        return 1
+    if id(section) not in known:
+        known[id(section)] = math.inf
+        inner = section.values() if isinstance(section, dict) else section
+        known[id(section)] = 1 + sum(_num_values(value, known) for value in inner)
+    return known[id(section)]
 
 
 def _untrained(section: Any, in_tower: bool = False) -> Any:

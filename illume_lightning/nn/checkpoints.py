@@ -3,7 +3,6 @@
 Nothing is ever unpickled: files are read with ``weights_only`` or as safetensors.
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from torch import Tensor
 from illume_lightning.nn.dualvitok import DualViTok
 from illume_lightning.nn.noise import NoiseKind, TokenNoise
 from illume_lightning.nn.pixel import PixelDecoder, PixelEncoder
+from illume_lightning.nn.plain_file import load_plain, load_safetensors
 from illume_lightning.nn.semantic import QwenVisionTower, SemanticDecoder, SemanticEncoder
 from illume_lightning.nn.sharded_checkpoint import is_sharded, read_weights
 from illume_lightning.nn.simvq import SimVQ
+from illume_lightning.nn.whole_checkpoint import require_whole
 
 CONTAINERS = ("model", "state_dict", "ema")
 
@@ -42,20 +43,13 @@ def read_state_dict(path: str | Path, *, use_ema: bool = False) -> dict[str, Ten
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: give the path of a file.")
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} can't be read as a PyTorch file, it may be cut off: {error}") from error
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and plain values and is not loaded, since that could run code: "
-            "re-save its state dict alone."
-        ) from error
+        return load_safetensors(path)
+    require_whole(path)
+    content = load_plain(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds no state dict but a {type(content).__name__}.")
     if use_ema and "ema" not in content:
-        raise ValueError(f"{path} has no 'ema' entry; it has {sorted(content)[:8]}.")
+        raise ValueError(f"{path} has no 'ema' entry; it has {sorted(map(str, content))[:8]}.")
     order = ("ema", *CONTAINERS) if use_ema else CONTAINERS
     is_lightning = "pytorch-lightning_version" in content
     for name in order:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from illume_lightning.nn.dualvitok import DualViTokOutput
+from illume_lightning.nn.plain_file import load_plain
 
 PixelLoss = Literal["l1", "l2", "l1_l2"]
 Average = Callable[[Tensor], Tensor]
@@ -83,8 +84,9 @@ def _lpips(backbone: Path) -> nn.Module:
         warnings.simplefilter("ignore")
         network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
     heads = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
-    weights = torch.load(heads, map_location="cpu", weights_only=True)
-    vgg = torch.load(backbone, map_location="cpu", weights_only=True)
+    weights, vgg = load_plain(heads), load_plain(backbone)
+    if not isinstance(vgg, dict):
+        raise ValueError(f"{backbone} is no state dict of torchvision's vgg16 but a {type(vgg).__name__}.")
     state = {}
     for key, value in network.state_dict().items():
         part, *rest = key.split(".")

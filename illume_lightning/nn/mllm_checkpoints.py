@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Qwen2Model
@@ -20,6 +19,7 @@ from illume_lightning.nn.checkpoints import check_state_dict, read_state_dict
 from illume_lightning.nn.hollow import WithoutWeights, hollow
 from illume_lightning.nn.mllm import MLLM, Attention, build_trunk
 from illume_lightning.nn.pixel import PixelEncoder
+from illume_lightning.nn.plain_file import load_safetensors
 from illume_lightning.nn.published_vocabulary import vocabulary_from
 from illume_lightning.nn.semantic import QwenVisionTower
 from illume_lightning.vocabulary import MARKERS
@@ -292,16 +292,29 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = _weight_files(index)
     state: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} has no {name}: the folder is incomplete, or not in safetensors."
             )
-        with safe_open(folder / name, "pt") as file:
-            state |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        state |= load_safetensors(folder / name)
     return state
+
+
+def _weight_files(index: Path) -> list[str]:
+    """Names of the files that an index lists, all of which lie beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of safetensors files: {error}") from error
+    for name in names:
+        if name != Path(name).name:
+            raise ValueError(
+                f"{index} names {name!r}, which is not beside it: only files of the folder are read."
+            )
+    return names
 
 
 def _sizes(folder: Path) -> dict[str, Any]:

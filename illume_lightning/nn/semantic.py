@@ -5,8 +5,11 @@ D block width, C features of the tower's merger (3584 at full size).
 Parameter names equal the published checkpoint's (paper 3.1; official release).
 """
 
+import pickle
+
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
@@ -44,7 +47,15 @@ class QwenVisionTower(KeepsBuffers, Qwen2VisionTransformerPretrainedModel):
             Qwen2VLVisionConfig(depth=depth, embed_dim=width, num_heads=num_heads, hidden_size=out_features)
         )
         if pretrained is not None:
-            source = Qwen2VisionTransformerPretrainedModel.from_pretrained(pretrained, dtype=torch.float32)
+            try:
+                source = Qwen2VisionTransformerPretrainedModel.from_pretrained(
+                    pretrained, dtype=torch.float32
+                )
+            except (pickle.UnpicklingError, SafetensorError) as error:
+                raise ValueError(
+                    f"{pretrained} holds more than tensors, which could run code, or is broken: give a vision tower "
+                    "in safetensors"
+                ) from error
             self.load_state_dict(source.state_dict())
 
     @property

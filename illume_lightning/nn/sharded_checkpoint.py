@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from illume_lightning.nn.plain_file import load_plain
+from illume_lightning.nn.sharded_metadata import read_metadata
+
 REST = "meta.pt"
 """Lightning's file of everything that is neither weight nor optimizer state; it is written last."""
 
@@ -29,7 +32,7 @@ def is_sharded(path: str | Path) -> bool:
 
 def hollow_weights(folder: str | Path) -> dict[str, Tensor]:
     """Names, shapes and types of the weights, on the meta device."""
-    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    metadata = read_metadata(folder).state_dict_metadata
     return {
         name.removeprefix(WEIGHTS): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         for name, entry in metadata.items()
@@ -48,9 +51,13 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def read_rest(checkpoint: str | Path) -> dict[str, Any]:
-    """Entries of a Lightning checkpoint, a file or a folder; of a folder's those that are no weights."""
+    """Entries of a Lightning checkpoint, a file or a folder; of a folder's those that are no weights.
+
+    Raises:
+        ValueError: as ``load_plain``.
+    """
     file = Path(checkpoint) / REST if is_sharded(checkpoint) else checkpoint
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return load_plain(file)
 
 
 def require_file(checkpoint: str | Path, what: str) -> None:
@@ -73,8 +80,7 @@ def require_file(checkpoint: str | Path, what: str) -> None:
 def consolidate(folder: str | Path, file: str | Path) -> None:
     """Write one file of a sharded checkpoint, from which any strategy on any number of devices goes on.
 
-    Needs the memory of the whole checkpoint, optimizer state included. The groups of the optimizers are unpickled by
-    torch: take folders that you trust.
+    Needs the memory of the whole checkpoint, optimizer state included.
 
     Args:
         folder: the checkpoint.
@@ -82,6 +88,7 @@ def consolidate(folder: str | Path, file: str | Path) -> None:
 
     Raises:
         FileNotFoundError: if the folder is no sharded checkpoint, or not whole.
+        ValueError: if more than tensors and plain values is in it.
     """
     folder, file = Path(folder), Path(file)
     if not is_sharded(folder):
@@ -89,6 +96,7 @@ def consolidate(folder: str | Path, file: str | Path) -> None:
             f"{folder} is no sharded checkpoint: it has no {REST} and .metadata; give a folder that training with "
             "FSDP2 wrote, such as RUN/checkpoints/last.ckpt"
         )
+    read_metadata(folder)  # torch unpickles what is in it
     partial = file.with_name(file.name + ".partial")
     with tempfile.TemporaryDirectory(dir=file.parent) as between:
         dcp_to_torch_save(folder, between + "/tensors")
@@ -96,7 +104,7 @@ def consolidate(folder: str | Path, file: str | Path) -> None:
         names = sorted(
             (name for name in content if name.startswith("optimizer_")), key=lambda name: int(name[10:])
         )
-        rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
+        rest = load_plain(folder / REST)
         states = [_numbered(content[name]) for name in names]
         torch.save({**rest, "state_dict": content["state_dict"], "optimizer_states": states}, partial)
     if file == folder:

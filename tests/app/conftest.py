@@ -1,5 +1,6 @@
 """A model small enough to try the page with."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ def picture() -> Image.Image:
 
 
 @pytest.fixture
-def picture_path(picture: Image.Image, tmp_path: Path) -> Path:
-    picture.save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+def picture_path(picture: Image.Image) -> Path:
+    """As if it had been uploaded."""
+    path = Path(os.environ["GRADIO_TEMP_DIR"]) / "picture.png"
+    picture.save(path)
+    return path

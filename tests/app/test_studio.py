@@ -134,7 +134,7 @@ def test_jobs_wait_for_one_another(studio: Studio) -> None:
     assert done
 
 
-@pytest.mark.parametrize("prompt", ["", "show {resolution_tag}", "word " * 3000])
+@pytest.mark.parametrize("prompt", ["", "show {resolution_tag}", "word " * 800])
 def test_what_cannot_be_done_is_refused_before_any_work(studio: Studio, prompt: str) -> None:
     job = studio.generate(prompt, (32, 32), 1, 0, TokenSampling())
     next(job)

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from illume_lightning.data.packed_batch import PackedBatch
 
@@ -15,7 +16,8 @@ class Throughput(L.Callback):
     """
 
     def __init__(self) -> None:
-        self._samples = self._tokens = 0
+        self._samples = 0
+        self._tokens: int | Tensor = 0
         self._since = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -38,14 +40,16 @@ class Throughput(L.Callback):
         self._samples += len(batch.index) * trainer.world_size
         is_packed = isinstance(batch, PackedBatch)
         if is_packed:
-            self._tokens += int((batch.document_ids >= 0).sum()) * trainer.world_size
+            # Stays on the device: reading it would wait for every step.
+            self._tokens = self._tokens + (batch.document_ids >= 0).sum()
         if (batch_idx + 1) % trainer.log_every_n_steps:
             return
+        tokens = int(self._tokens) * trainer.world_size
         seconds = max(time.perf_counter() - self._since, 1e-9)
         name = "samples" if is_packed else "images"
         pl_module.log(f"speed/{name}_per_s", self._samples / seconds, prog_bar=True)
         if is_packed:
-            pl_module.log("speed/tokens_per_s", self._tokens / seconds)
+            pl_module.log("speed/tokens_per_s", tokens / seconds)
         self._restart()
 
     def _restart(self) -> None:

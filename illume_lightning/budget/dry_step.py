@@ -261,7 +261,7 @@ def _attached(module: Any, step: int, backward: Callable[[Tensor], None]) -> Ite
     """A module without trainer: nothing is logged or checked, and no optimizer steps."""
     module.trainer = SimpleNamespace(
         global_step=step,
-        log_every_n_steps=step + 1,
+        log_every_n_steps=step + 2,
         distributed_sampler_kwargs=None,
         world_size=1,
         strategy=SingleDeviceStrategy(torch.device("cpu")),

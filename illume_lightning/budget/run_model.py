@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from illume_lightning.budget.dry_step import PRECISIONS, Precision, default_type
 from illume_lightning.data.schedule import Phase, Schedule
+from illume_lightning.lit.class_paths import restrict
 from illume_lightning.lit.cli import IllumeCLI
 from illume_lightning.lit.mllm import MLLMStage
 from illume_lightning.lit.strategy import check_half_weights, check_trainer_options
@@ -150,6 +151,7 @@ def _parse(files: Sequence[str], curriculum: type[L.Callback]) -> dict[str, Any]
 
 
 def _build(section: dict[str, Any], kind: type) -> Any:
+    restrict()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "part")
     return parser.instantiate(parser.parse_object({"part": _without_files(section)})).part

@@ -40,9 +40,19 @@ class CodebookUsage(Metric):
         """Count code ids of any shape, int64."""
         self.counts += torch.bincount(indices.flatten(), minlength=self.num_codes)
 
+    def go_on(self, counts: Tensor) -> None:
+        """Add (num_codes,) counts of all ranks, from a checkpoint; one rank has to."""
+        self.update(counts.new_empty(0))
+        self.counts += counts
+
     def compute(self) -> CodebookHealth:
         """Usage, perplexity and number of dead codes."""
-        share = self.counts.float() / self.counts.sum().clamp_min(1)
-        seen = self.counts > 0
-        entropy = -(share[seen] * share[seen].log()).sum()
-        return CodebookHealth(seen.float().mean(), entropy.exp(), (~seen).sum())
+        return health_of(self.counts)
+
+
+def health_of(counts: Tensor) -> CodebookHealth:
+    """Usage, perplexity and number of dead codes of counts (K,), integers."""
+    share = counts.float() / counts.sum().clamp_min(1)
+    seen = counts > 0
+    entropy = -(share[seen] * share[seen].log()).sum()
+    return CodebookHealth(seen.float().mean(), entropy.exp(), (~seen).sum())

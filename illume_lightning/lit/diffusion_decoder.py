@@ -177,6 +177,8 @@ class DiffusionDecoderModule(TrainingModule):
 
     def training_step(self, batch: ImageBatch | LatentBatch, batch_idx: int) -> None:
         """One micro-batch of the denoising loss."""
+        if self.leaves_out():
+            return
         with torch.no_grad():
             codes, latents = self._codes_and_latents(batch)
             self.require_finite({"latents": latents}, batch)

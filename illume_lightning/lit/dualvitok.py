@@ -111,6 +111,7 @@ class DualViTokModule(TrainingModule):
         self._metrics: dict[str, ReconstructionMetrics] = {}
         self._fid_features = fid_features
         self._usage: dict[str, CodebookUsage] = {}
+        self._counts: dict[str, Tensor] = {}
         self._optimizer, self._discriminator_optimizer = optimizer, discriminator_optimizer
         self._lr_scheduler = lr_scheduler
         self.codebook_start = codebook_start
@@ -145,6 +146,11 @@ class DualViTokModule(TrainingModule):
 
     # -- training --------------------------------------------------------------------------------------------
 
+    @property
+    def codebook_usage(self) -> dict[str, CodebookUsage]:
+        """By branch, what training has used on this device since the last validation."""
+        return self._usage
+
     def on_fit_start(self) -> None:
         """Start counting codes."""
         super().on_fit_start()
@@ -152,6 +158,22 @@ class DualViTokModule(TrainingModule):
             name: CodebookUsage(quantizer.codebook_size).to(self.device)
             for name, quantizer in self.model.quantizers.items()
         }
+        if self.trainer.is_global_zero:
+            for name, counts in self._counts.items():
+                self._usage[name].go_on(counts.to(self.device))
+        self._counts = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the codes counted since the last validation, by all devices."""
+        checkpoint["code_counts"] = {
+            name: self.trainer.strategy.reduce(usage.counts.clone(), reduce_op="sum")
+            for name, usage in self._usage.items()
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting codes."""
+        super().on_load_checkpoint(checkpoint)
+        self._counts = checkpoint.get("code_counts", {})
 
     def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
         """Start the codebooks from data at the end of the warm-up."""
@@ -161,10 +183,11 @@ class DualViTokModule(TrainingModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """One micro-batch; the optimizers step at the last one of a training step."""
+        if self.leaves_out():
+            return
         images = to_float(batch.images)
         optimizers = self.all_optimizers()
         output = self.model(images, self._latent_noise(), self.draws(batch))
-        # Before the discriminator sees it: a NaN would stay in its running statistics.
         self.require_finite({"reconstruction": output.reconstruction}, batch)
         adversarial = self.discriminator is not None and self.loss.is_adversarial(self.global_step)
         with _frozen(self.discriminator):
@@ -186,11 +209,16 @@ class DualViTokModule(TrainingModule):
             # Neither reaches the other's parameters; one backward pass of both is one exchange between devices.
             loss = loss + terms["discriminator_loss"]
         self.require_finite(terms, batch)
-        self.backward_micro_batch(loss, idle)
         self._log_training(terms, output)
+        self.backward_micro_batch(loss, idle)
         if self.is_last_micro_batch:
             self.step_optimizers(optimizers if adversarial else optimizers[:1])
             self.step_schedules()
+
+    def regime(self, step: int) -> list[bool]:
+        """Whether codes are used, and whether there is an adversary."""
+        start = self.codebook_start
+        return [start is None or step >= start.steps, self.loss.is_adversarial(step)]
 
     def _idle_parameters(self, adversarial: bool) -> list[nn.Parameter]:
         """Trained parameters that have no part in this step's losses."""

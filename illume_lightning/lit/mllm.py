@@ -225,13 +225,15 @@ class MLLMStage(TrainingModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """One micro-batch; the loss of a training step is the mean over all its predicted tokens."""
+        if self.leaves_out():
+            return
         # The optimizer sees the sum over micro-batches and the mean over devices, each divided by their number.
         shares = self.accumulation * replica(self.trainer)[1]
         output = self._losses(batch, shares / batch.num_supervised)
         self.require_finite({"loss": output.loss}, batch)
         mean = output.token_losses.sum() * (shares / batch.num_supervised)
         self.log_means({"train/loss": mean}, on_bar=("train/loss",))
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # those that get a row
             self._log_tasks(output, batch)
         self.descend(output.loss)
 
@@ -285,14 +287,10 @@ class MLLMStage(TrainingModule):
         names = self.trainer.datamodule.train_names
         if self.micro_batch == 0:
             self._training_metrics = {name: TokenMetrics().to(self.device) for name in names}
+        tokens = (output.token_losses, output.is_correct, batch.segments, batch.answers)
         for number, name in enumerate(names):
             chosen = batch.tasks == number
-            self._training_metrics[name].update(
-                output.token_losses[chosen],
-                output.is_correct[chosen],
-                batch.segments[chosen],
-                batch.answers[chosen],
-            )
+            self._training_metrics[name].update(*(values[chosen] for values in tokens))
             if self.is_last_micro_batch:
                 for key, value in self._training_metrics[name].compute().items():
                     self.log(f"train/{name}/{key}", value)

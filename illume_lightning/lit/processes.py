@@ -11,6 +11,8 @@ import lightning as L
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from illume_lightning.lit.sentinel import Divergence
+
 GRACE = 2.0
 """Seconds in which a process that Lightning started leaves the word to the first one, which has the same error."""
 
@@ -44,6 +46,8 @@ class EndTogether(L.Callback):
         launcher = trainer.strategy.launcher
         if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt | SIGTERMException):
             return
+        if isinstance(exception, Divergence) and exception.restarts:
+            return  # all of them go on together
         if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
             launcher.kill(signal.SIGKILL)
         elif trainer.local_rank > 0:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from illume_lightning.nn.checkpoints import check_state_dict
+from illume_lightning.nn.plain_file import load_plain
 from illume_lightning.nn.sharded_checkpoint import hollow_weights, is_sharded
 
 
@@ -56,6 +57,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
+    def teardown(self) -> None:
+        """Also wait for checkpoints that are still being written, which Lightning's leaves out."""
+        super().teardown()
+        self.checkpoint_io.teardown()
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
@@ -88,10 +94,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         own = self.lightning_module.state_dict()
         if is_sharded(path):
             check_state_dict(own, hollow_weights(path), str(path))
-            return super().load_checkpoint(path, weights_only)
+            return super().load_checkpoint(path, weights_only=True)
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint at {path}: expected a file, or a whole folder of FSDP2")
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        checkpoint = load_plain(path)
         weights = checkpoint.pop("state_dict")
         check_state_dict(own, weights, str(path))
         options = StateDictOptions(full_state_dict=True)

@@ -1,13 +1,12 @@
 """A trained DualViTok, from wherever it lies."""
 
-import hashlib
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from illume_lightning.lit.saved_run import SavedRun
 from illume_lightning.nn.checkpoints import build_official, load_dualvitok
+from illume_lightning.nn.digests import weights_digest
 from illume_lightning.nn.dualvitok import DualViTok
 from illume_lightning.nn.sharded_checkpoint import read_rest
 
@@ -45,11 +44,7 @@ def load_tokenizer(path: str | Path) -> DualViTok:
 
 def fingerprint(network: nn.Module) -> str:
     """Hash of all weights and buffers (sha256, hexadecimal)."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return weights_digest(network.state_dict())
 
 
 def check_cached_codes(maker: str, own: str, path: str | None, command: str) -> None:

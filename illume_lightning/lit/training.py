@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from illume_lightning.lit.loss_spikes import LossSpikes
 from illume_lightning.lit.processes import EndTogether
+from illume_lightning.lit.same_arithmetic import SameArithmetic
+from illume_lightning.lit.sentinel import Sentinel
 from illume_lightning.nn.batch_norm import count_over_devices
 from illume_lightning.nn.checkpoints import check_state_dict
 from illume_lightning.nn.draws import SampleDraws
@@ -43,6 +46,9 @@ class TrainingModule(L.LightningModule):
         self.automatic_optimization = False
         self.gradient_clip = gradient_clip
         self._sums: dict[str, Tensor] = {}
+        self.sentinel = Sentinel()
+        self.left_out: Collection[int] = frozenset()
+        """Training steps that count, and that nothing is learned from; ``callbacks.Rollback`` sets them."""
         # Fixed networks stay out of the module tree: they have no place in checkpoints, DDP or EMA.
         self.fixed = FixedNetworks()
 
@@ -55,6 +61,21 @@ class TrainingModule(L.LightningModule):
         """The optimizers, also where there is only one."""
         optimizers = self.optimizers()
         return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def regime(self, step: int) -> list[bool]:
+        """Which parts a training step's loss has, where that changes within a phase; no other steps compare with it."""
+        return []
+
+    def leaves_out(self) -> bool:
+        """Whether this micro-batch belongs to a training step that is left out; the last one of it is counted."""
+        if self.global_step not in self.left_out:
+            return False
+        if self.is_last_micro_batch:
+            counter = self.all_optimizers()[0]
+            counter._on_before_step()
+            counter._on_after_step()
+            self.step_schedules()
+        return True
 
     def descend(self, loss: Tensor) -> None:
         """Backward of a micro-batch, and with the last one the step of all optimizers and their schedules."""
@@ -112,7 +133,9 @@ class TrainingModule(L.LightningModule):
             share = value.detach().float() / self.accumulation
             self._sums[name] = self._sums[name] + share if name in self._sums else share
         if self.is_last_micro_batch:
-            means = self.average(torch.stack(list(self._sums.values())))
+            sums = list(self._sums.values())
+            *means, broken = self.average(torch.stack([*sums, self.sentinel.broken(sums[0])]))
+            self.sentinel.take(self._sums, torch.stack([*means, broken]))
             for name, mean in zip(self._sums, means, strict=True):
                 self.log(name, mean, prog_bar=name in on_bar)
 
@@ -143,14 +166,31 @@ class TrainingModule(L.LightningModule):
         return "grad_norm"
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip here: in fp16 Lightning has unscaled the gradients by now, and not before."""
+        """Clip here, and look at what the optimizer would learn from.
+
+        In fp16 Lightning has unscaled the gradients by now, and not before.
+
+        Raises:
+            Divergence: if something of this training step is not finite.
+        """
+        self._unscale(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.gradient_clip > 0:
-            self._unscale(optimizer)
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
-            if isinstance(norm, DTensor):
-                norm = norm.full_tensor()
-            self.log(f"train/{self.gradient_norm_name(optimizer)}", norm)
+        else:
+            norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        name = f"train/{self.gradient_norm_name(optimizer)}"
+        self.log(name, norm)
+        self.sentinel.look(self, name, norm, is_first=optimizer is self.all_optimizers()[0].optimizer)
+        if self.sentinel.overflows:
+            self.log("train/fp16_overflows", float(self.sentinel.overflows))
+
+    @property
+    def scales_losses(self) -> bool:
+        """Whether fp16 scales losses up, so that gradients which are not finite only mean: too far up."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None and self._loss_scale() >= 1
 
     def _unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """fp16: Lightning leaves it to fused updates, which do it after clipping."""
@@ -168,29 +208,18 @@ class TrainingModule(L.LightningModule):
             check_state_dict(self.state_dict(), checkpoint["state_dict"], str(self.trainer.ckpt_path))
 
     def require_finite(self, values: Mapping[str, Tensor], batch: Any) -> None:
-        """Stop before an optimizer steps on NaN or infinity.
+        """Have it raise ``Divergence`` if they are NaN or infinite, on all devices and before an optimizer steps.
 
         Args:
-            values: by name.
+            values: of this micro-batch, by name.
             batch: has ``dataset`` and ``index`` (B,), for the message.
-
-        Raises:
-            FloatingPointError: names the values, the training step and the samples.
         """
-        finite = torch.stack([torch.isfinite(value).all() for value in values.values()])
-        if not finite.all():  # the host waits for the device here, once for all values
-            broken = [name for name, is_finite in zip(values, finite.tolist(), strict=True) if not is_finite]
-            samples = [f"{d}:{i}" for d, i in zip(batch.dataset.tolist(), batch.index.tolist(), strict=True)]
-            raise FloatingPointError(
-                f"{', '.join(broken)} is not finite at training step {self.global_step} "
-                f"(size {tuple(batch[0].shape[-2:])}, samples dataset:index {' '.join(samples)}). No "
-                "optimizer has stepped on it; the last checkpoint is good. Look at these pictures, or lower "
-                "the learning rate, or use bf16-mixed instead of 16-mixed."
-            )
+        self.sentinel.note(values, batch)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run needs, whatever its configuration says."""
-        return [EndTogether()]
+        given = [callback for callback in self.trainer.callbacks if isinstance(callback, LossSpikes)]
+        return [EndTogether(), SameArithmetic(), *([] if given else [LossSpikes()])]
 
     def on_fit_start(self) -> None:
         """Bring the fixed networks to the device, and batch norm to count over devices."""
@@ -200,6 +229,11 @@ class TrainingModule(L.LightningModule):
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             # Buffers are equal at the start, and stay so: sending codebooks in every step would be in vain.
             self.trainer.strategy.model.broadcast_buffers = False
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep the gradients of a training step that is not through, as validations are due by micro-batches."""
+        if self.is_last_micro_batch:
+            super().on_validation_model_zero_grad()
 
     def on_validation_start(self) -> None:
         """Bring the fixed networks to the device."""

@@ -50,6 +50,8 @@ class VisionEncoderModule(TrainingModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Words of captions, plus words of regions."""
+        if self.leaves_out():
+            return
         regions = regions_of(batch)
         whole, parts = self.model.embed_images(to_float(batch.images), regions)
         terms = {"caption_loss": self._loss(whole, batch.captions, self.gather_texts(batch.captions))}
@@ -57,10 +59,11 @@ class VisionEncoderModule(TrainingModule):
         everyones = self.gather_texts(phrases)
         if everyones and self.region_weight > 0:
             terms["region_loss"] = self._loss(parts, phrases, everyones)
+        loss = terms["caption_loss"] + self.region_weight * terms.get("region_loss", 0)
         self.require_finite(terms, batch)
         named = {f"train/{name}": value for name, value in terms.items()}
-        self.log_means(named, on_bar=named)
-        self.descend(terms["caption_loss"] + self.region_weight * terms.get("region_loss", 0))
+        self.log_means({"train/loss": loss} | named, on_bar=named)
+        self.descend(loss)
 
     def _loss(self, embedded: Tensor, texts: list[str], everyones: list[str]) -> Tensor:
         """A device's share of the loss of everyone's texts, among the words of them all; the shares' mean is it."""

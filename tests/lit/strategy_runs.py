@@ -37,10 +37,11 @@ Result = dict[str, Tensor]
 
 
 class Record(L.Callback):
-    """Logged training values of every step, and the gradients of the first one."""
+    """Logged training values and samples of every step, and the gradients of the first one."""
 
     def __init__(self) -> None:
         self.found: Result = {}
+        self._samples: list[list[int]] = []
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
         if trainer.global_step == 0:
@@ -48,11 +49,26 @@ class Record(L.Callback):
                 if parameter.grad is not None:
                     self.found[f"gradient of {name}"] = whole(parameter.grad)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._samples += torch.stack([batch.sample_number, batch.dataset, batch.index], dim=1).tolist()
         if module.is_last_micro_batch:
+            self.found[f"samples of step {trainer.global_step}"] = torch.tensor(
+                sorted(self._everyones(trainer))
+            )
+            self._samples = []
             for name, value in trainer.callback_metrics.items():
                 if not name.startswith("curriculum"):
                     self.found[f"{name} after {trainer.global_step}"] = whole(value)
+
+    def _everyones(self, trainer: L.Trainer) -> list[list[int]]:
+        """Samples of all devices."""
+        if trainer.world_size == 1:
+            return self._samples
+        gathered: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(gathered, self._samples)
+        return [sample for samples in gathered for sample in samples]
 
 
 def whole(tensor: Tensor) -> Tensor:

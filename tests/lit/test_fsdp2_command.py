@@ -98,7 +98,7 @@ def test_two_devices_with_shards_end_where_one_does(world, tmp_path, capsys):  #
     fit_by_two(config, 3, "fsdp2_sharded")  # goes on from the file
     assert is_sharded(last) and is_sharded(checkpoints / "step=3.ckpt")
     fit_by_two(config, 4, "fsdp2_sharded")  # goes on from the folder
-    assert is_sharded(last) and not (checkpoints / "step=3.ckpt").exists()
+    assert is_sharded(last) and not (checkpoints / "step=2.ckpt").exists()
     validate: list[Any] = ["validate", "-c", str(config), *flags(4)]
     with pytest.raises(SystemExit) as stop:
         cli.main(validate)

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MARK := $(VENV)/.installed
+# In an environment of its own: it brings packages that were not tested with ours.
+AUDIT := pip-audit==2.10.1
 
 .DEFAULT_GOAL := help
 
@@ -45,6 +47,15 @@ check: setup ## Lint, format check and type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.PHONY: audit
+audit: ## Look the tested versions up among known vulnerabilities (needs the network; what can't be looked up is said)
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check '$(AUDIT)'
+	rm -f .venv-audit/report.json
+	-.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off \
+	  --format json --output .venv-audit/report.json
+	.venv-audit/bin/python .ci/audit.py .venv-audit/report.json
+
 .PHONY: benchmark
 benchmark: setup ## Measure quantiser, training step, loader, decoder and loss; results go to benchmarks/results
 	$(BIN)/python benchmarks/simvq.py
@@ -54,6 +65,10 @@ benchmark: setup ## Measure quantiser, training step, loader, decoder and loss; 
 	$(BIN)/python benchmarks/linear_cross_entropy.py
 	# Needs the conversations of `make demo`.
 	$(BIN)/python benchmarks/mllm_step.py
+
+.PHONY: figures
+figures: setup ## Write the measured figures of README and docs from benchmarks/results
+	$(BIN)/python benchmarks/figures.py
 
 .PHONY: benchmark-generation
 benchmark-generation: setup ## Measure the generation engine against Hugging Face's generate (about 10 minutes on 2 cores)

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from illume_lightning.schedule.display import tail
+from illume_lightning.schedule.display import remaining, tail
 from illume_lightning.schedule.runner import PROGRAM, Runner, StepError
 from illume_lightning.schedule.scripts import shell_script
+from illume_lightning.schedule.seeds import Seeds
 from illume_lightning.schedule.steps import read_schedule
 
 _TAIL_LINES = 20
@@ -30,31 +31,43 @@ def main(args: Sequence[str], program: Sequence[str] = PROGRAM) -> int:
     """
     end = list(args).index("--") if "--" in args else len(args)
     options = _parser().parse_args(args[:end])
-    schedule = read_schedule(options.file, options.seed, args[end + 1 :])
-    part = schedule.part(options.first, options.last)
+    seeds = options.seeds or [options.seed]
+    twice = [seed for number, seed in enumerate(seeds) if seed in seeds[:number]]
+    if twice:
+        raise ValueError(f"--seeds names {twice[0]} twice: give each seed once")
+    schedules = [read_schedule(options.file, seed, args[end + 1 :]) for seed in seeds]
+    part = schedules[0].part(options.first, options.last)
     launcher = shlex.split(options.launcher)
+    work = Seeds(schedules, launcher, program) if options.seeds else Runner(schedules[0], launcher, program)
     if options.script:
-        sys.stdout.write(shell_script(schedule, part, options.script, launcher, options.file))
+        sys.stdout.write(shell_script(schedules, part, options.script, launcher, options.file))
         return 0
-    runner = Runner(schedule, launcher, program)
     if options.dry_run:
-        sys.stdout.write(runner.outlook(part))
+        outlook = work.outlook(part)
+        sys.stdout.write(outlook.text + remaining(outlook.minutes, outlook.unknown))
         return 0
     try:
-        status = runner.run(part, options.changed)
+        status = work.run(part, options.changed)
     except StepError as error:
         sys.stderr.write(_failure(error))
         return 1
-    sys.stdout.write(runner.summary())
+    sys.stdout.write(work.summary())
+    sys.stdout.flush()
     if status:
         sys.stderr.write(f"stopped by signal {status - 128}; the same command continues\n")
-    return status
+    return work.write_table(part) if isinstance(work, Seeds) and not status else status
 
 
 def _failure(error: StepError) -> str:
     """The end of the log, where it is, and what to do."""
     lines = "\n".join(tail(error.log, _TAIL_LINES))
     return f"{lines}\n\nillume schedule: {error}; all it wrote is in {Path(error.log)}. The same command continues.\n"
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed: give a whole number of at least 0")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +84,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="YAML file with world and steps, such as experiments/shapes/schedule.yaml",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of all fits; also names the folders of their runs")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="of all fits; also names the folders of their runs"
+    )
+    seeds.add_argument(
+        "--seeds",
+        type=_seed,
+        nargs="+",
+        metavar="N",
+        help="all steps with each of these seeds, then a table of mean and deviation of their scores in "
+        "runs/WORLD/schedule/table-N-N; after FILE",
+    )
     add("--from", dest="first", metavar="STEP", help="begin here; what comes before must be finished")
     add("--until", dest="last", metavar="STEP", help="end after this one")
     add("--dry-run", action="store_true", help="show what is to be done, and how long it will take")

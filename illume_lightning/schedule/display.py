@@ -22,16 +22,26 @@ class Display:
 
     Args:
         steps: All of them.
-        minutes: Expected of each; steps of unknown length count one.
+        minutes: Expected of each.
+        label: Before the name of a step.
+        before: Minutes of other schedules that are done.
+        after: Minutes of other schedules that are still to come.
     """
 
-    def __init__(self, steps: Sequence[Step], minutes: Sequence[float | None]) -> None:
-        self._steps = steps
-        self._minutes = [1.0 if value is None else value for value in minutes]
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        minutes: Sequence[float],
+        label: str = "",
+        before: float = 0.0,
+        after: float = 0.0,
+    ) -> None:
+        self._steps, self._minutes, self._label, self._before = steps, minutes, label, before
         # monitor_interval: no thread beside the one that starts processes.
         tqdm.monitor_interval = 0
         self._bar = tqdm(
-            total=sum(self._minutes),
+            total=before + sum(self._minutes) + after,
+            initial=before,
             disable=None,
             leave=False,
             dynamic_ncols=True,
@@ -44,7 +54,7 @@ class Display:
 
     def start(self, number: int, what: str) -> None:
         """A step begins; `what` says how."""
-        text = f"[{number + 1}/{len(self._steps)}] {self._steps[number].name}"
+        text = self._name(number)
         self._bar.set_description_str(text)
         if self._bar.disable:
             log.info("%s: %s", text, what)
@@ -53,22 +63,22 @@ class Display:
         """A step has run for some time and writes to this file."""
         if self._bar.disable:
             return
-        self._bar.n = sum(self._minutes[:number]) + min(seconds / 60, self._minutes[number])
+        self._bar.n = self._before + sum(self._minutes[:number]) + min(seconds / 60, self._minutes[number])
         self._bar.set_postfix_str(last_line(file))
 
     def end(self, number: int, seconds: float) -> None:
         """A step is finished."""
-        self._bar.n = sum(self._minutes[: number + 1])
+        self._bar.n = self._before + sum(self._minutes[: number + 1])
         self._bar.refresh()
         if self._bar.disable:
-            log.info(
-                "[%d/%d] %s: finished after %s",
-                number + 1, len(self._steps), self._steps[number].name, duration(seconds),
-            )  # fmt: skip
+            log.info("%s: finished after %s", self._name(number), duration(seconds))
 
     def close(self) -> None:
         """Take the bar away."""
         self._bar.close()
+
+    def _name(self, number: int) -> str:
+        return f"{self._label}[{number + 1}/{len(self._steps)}] {self._steps[number].name}"
 
 
 def last_line(path: Path) -> str:
@@ -95,6 +105,12 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def remaining(minutes: float, unknown: int) -> str:
+    """The line on how long the rest will take, such as `left: 6 min 05 s, and 2 steps of unknown length`."""
+    more = f", and {unknown} steps of unknown length" if unknown else ""
+    return f"left: {duration(60 * minutes)}{more}\n"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

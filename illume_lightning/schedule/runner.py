@@ -4,17 +4,20 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from illume_lightning.folder_lock import locked
 from illume_lightning.schedule.child import Child, wait_for_end
 from illume_lightning.schedule.display import Display, duration, table
+from illume_lightning.schedule.elsewhere import finished_elsewhere
 from illume_lightning.schedule.outputs import fingerprint, hash_output, ingredients, is_there, move_aside
-from illume_lightning.schedule.state import State, StepState, locked
+from illume_lightning.schedule.state import State, StepState
 from illume_lightning.schedule.steps import Schedule, Step
 
 PROGRAM = (sys.executable, "-m", "cli")
@@ -42,6 +45,38 @@ class StepError(Exception):
         self.log = log
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What is to be done.
+
+    Args:
+        text: A table of the steps, and what has changed.
+        minutes: That the rest is expected to take.
+        unknown: How many steps of the rest are of unknown length.
+    """
+
+    text: str
+    minutes: float
+    unknown: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a schedule stands among those of other seeds.
+
+    Args:
+        label: Before the name of a step where progress is shown.
+        before: Minutes that progress begins at.
+        after: Minutes that are still to come.
+        shared: Steps that the others do before.
+    """
+
+    label: str = ""
+    before: float = 0.0
+    after: float = 0.0
+    shared: Collection[Step] = ()
+
+
 class Runner:
     """Does a schedule's steps one after the other, each in a process of its own.
 
@@ -61,8 +96,13 @@ class Runner:
         self._hashes: dict[str, str] = {}
         self._signals: list[int] = []
 
-    def run(self, part: range, changed: Changed = "refuse") -> int:
+    def run(self, part: range, changed: Changed = "refuse", place: Place = Place()) -> int:
         """Do a part of the steps; those before it must be finished.
+
+        Args:
+            part: Numbers of the steps.
+            changed: What becomes of a step whose output was made from something else.
+            place: Among other schedules.
 
         Returns:
             0, or the exit status: 128 + the signal that stopped it. A stopped step goes on at the next start.
@@ -73,12 +113,12 @@ class Runner:
             StepError: If a command failed.
         """
         with locked(self.schedule.folder), self._forwarded_signals():
-            self.state = State.load(self.schedule)
+            self._load()
             if self.state.child is not None:
                 wait_for_end(self.state.child["pid"], self.state.child["start"], _WAIT_SECONDS)
-            self._check(part, changed)
-            minutes = [self.minutes(number) if number < part.stop else 0.0 for number in range(self._count)]
-            display = Display(self.schedule.steps, minutes)
+            self._check(part, changed, ())
+            minutes = self.expected(part, place.shared)
+            display = Display(self.schedule.steps, minutes, place.label, place.before, place.after)
             try:
                 for number in range(part.stop):
                     if not self._signals:
@@ -86,6 +126,20 @@ class Runner:
             finally:
                 display.close()
         return 128 + self._signals[0] if self._signals else 0
+
+    def check(self, part: range, changed: Changed, shared: Collection[Step] = ()) -> None:
+        """Refuse before anything starts what can be known now.
+
+        Args:
+            part: Numbers of the steps.
+            changed: What becomes of a step whose output was made from something else.
+            shared: Steps that another schedule has done by then.
+
+        Raises:
+            ValueError: If a step's output was made from something else, or one before the part isn't finished.
+        """
+        self._load()
+        self._check(part, changed, shared)
 
     def status(self, number: int) -> tuple[str, str]:
         """How a step stands: "finished", "continues", "waiting" or "changed"; and what has changed."""
@@ -113,6 +167,19 @@ class Runner:
         saved = self.state.steps[number]
         return saved.seconds / 60 if saved.state == "finished" else self.schedule.steps[number].minutes
 
+    def expected(self, part: range, shared: Collection[Step] = ()) -> list[float]:
+        """Minutes of every step as a progress bar counts them: 1 if nobody knows, 0 if it isn't to be done here.
+
+        Args:
+            part: Numbers of the steps; what is before them counts too.
+            shared: Steps that another schedule does.
+        """
+        found = []
+        for number, step in enumerate(self.schedule.steps):
+            minutes = 0.0 if number >= part.stop or step in shared else self.minutes(number)
+            found.append(1.0 if minutes is None else minutes)
+        return found
+
     def summary(self) -> str:
         """A table of the steps and how long they took."""
         rows = [("", "step", "took", "restarts", "output")]
@@ -122,39 +189,60 @@ class Runner:
         total = sum(saved.seconds for saved in self.state.steps)
         return table([*rows, ("", "total", duration(total), "", "")])
 
-    def outlook(self, part: range) -> str:
-        """A table of what is to be done, and how long it will take; nothing is written."""
+    def outlook(self, part: range, shared: Collection[Step] = ()) -> Outlook:
+        """What is to be done, and how long it will take; nothing is written.
+
+        Args:
+            part: Numbers of the steps.
+            shared: Steps that another schedule does before.
+        """
+        self._load()
         rows, notes, left, unknown = [("", "step", "state", "minutes", "command")], [], 0.0, 0
         for number in range(self._count):
             step, (state, reason), minutes = (
                 self.schedule.steps[number], self.status(number), self.minutes(number),
             )  # fmt: skip
+            if state != "finished" and step in shared:
+                state, reason = "shared", ""
             expected = "?" if minutes is None else f"{minutes:.1f}"
             rows.append((str(number + 1), step.name, state, expected, " ".join(step.command)))
             if reason:
                 notes.append(f"{step.name}: {reason}\n")
-            if number in part and state != "finished":
+            if number in part and state not in ("finished", "shared"):
                 done = self.state.steps[number].seconds / 60 if state == "continues" else 0.0
                 left += max((minutes or 0.0) - done, 0.0)
                 unknown += minutes is None
-        more = f", and {unknown} steps of unknown length" if unknown else ""
-        return table(rows) + "".join(notes) + f"left: {duration(60 * left)}{more}\n"
+        return Outlook(table(rows) + "".join(notes), left, unknown)
 
     @property
     def _count(self) -> int:
         return len(self.schedule.steps)
 
-    def _check(self, part: range, changed: Changed) -> None:
-        """Refuse before anything starts what can be known now."""
+    def _check(self, part: range, changed: Changed, shared: Collection[Step]) -> None:
         for number in range(part.stop):
+            step = self.schedule.steps[number]
+            if step in shared:
+                continue
             state, reason = self.status(number)
-            name = self.schedule.steps[number].name
             if number < part.start and state != "finished":
                 raise ValueError(
-                    f"step {name!r} comes before --from and is not finished{reason and ': ' + reason}; do it first"
+                    f"step {step.name!r} comes before --from and is not finished{reason and ': ' + reason}; "
+                    "do it first"
                 )
             if state == "changed" and changed == "refuse":
-                raise ValueError(_way_out(name, reason))
+                raise ValueError(_way_out(step.name, reason))
+
+    def _load(self) -> None:
+        """The saved state; what another schedule has made of the same is finished here too."""
+        self.state = State.load(self.schedule)
+        elsewhere = finished_elsewhere(self.schedule)
+        for number, step in enumerate(self.schedule.steps):
+            if self.status(number)[0] == "finished":
+                continue
+            same = elsewhere.get(fingerprint(self._ingredients(number)), {})
+            if same and is_there(step) and self._hash(step) in same:
+                entry, self.state.ingredients[step.name] = same[self._hash(step)]
+                self.state.steps[number] = replace(entry, name=step.name)
 
     def _do(self, number: int, changed: Changed, display: Display) -> None:
         """Bring one step to its end, unless it is there."""

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Literal
 
+from illume_lightning.schedule.seeds import report_command, shared_steps
 from illume_lightning.schedule.steps import Schedule, Step
 
 Kind = Literal["plain", "torchrun", "slurm"]
@@ -31,31 +32,52 @@ _DEVICES = '--trainer.devices "$GPUS" --trainer.num_nodes "$NODES"'
 
 
 def shell_script(
-    schedule: Schedule, part: range, kind: Kind, launcher: Sequence[str] = (), source: str = ""
+    schedules: Sequence[Schedule], part: range, kind: Kind, launcher: Sequence[str] = (), source: str = ""
 ) -> str:
-    """The commands of a part of the steps.
+    """The commands of a part of the steps, with every seed; those that name no seed only once.
 
-    Reports are left out: they are about what `illume schedule` itself has recorded.
+    Reports of one seed are left out: they are about what `illume schedule` itself has recorded.
 
     Args:
-        schedule: The steps.
+        schedules: The steps, one for each seed.
         part: Which of them.
         kind: As they are; fits by torchrun; or each a job of Slurm.
         launcher: Starts a fit's module in place of `illume`, or of torchrun.
         source: The schedule's file, for the heading.
     """
+    option = " ".join(["--seeds" if len(schedules) > 1 else "--seed", *(str(s.seed) for s in schedules)])
     head = {"plain": "", "torchrun": _TORCHRUN_HEAD, "slurm": _SLURM_HEAD}[kind]
     lines = [
         "#!/bin/bash",
-        f"# illume schedule {source} --seed {schedule.seed} --print {kind}",
+        f"# illume schedule {source} {option} --print {kind}",
         "set -euo pipefail",
         *head.splitlines(),
     ]
+    for number in range(len(schedules)):
+        lines += _seed(schedules, number, part, kind, launcher)
+    words = report_command(schedules, part)
+    if len(schedules) > 1 and words:
+        lines += ["\n# table over the seeds", _table(shlex.join(("illume", *words)), kind)]
+    return "\n".join(lines) + "\n"
+
+
+def _seed(
+    schedules: Sequence[Schedule], number: int, part: range, kind: Kind, launcher: Sequence[str]
+) -> list[str]:
+    """The commands of one seed that those before it don't have."""
+    schedule, before = schedules[number], shared_steps(schedules, number)
+    steps = schedule.steps[part.start : part.stop]
+    # What later seeds have too: with Slurm their jobs wait for the last such step, not for all of the first seed.
+    later = {step for other in schedules[1:] for step in other.steps} if number == 0 else set()
+    several = kind == "slurm" and len(schedules) > 1
+    previous = "shared" if several and before.intersection(steps) else ""
+    lines = ["\nprevious=$shared"] if previous else []
     write = {"plain": _plain, "torchrun": _torchrun, "slurm": _slurm}[kind]
-    previous = ""
-    for number in part:
-        step = schedule.steps[number]
-        lines.append(f"\n# {number + 1}/{len(schedule.steps)} {step.name}")
+    for place, step in enumerate(steps, part.start + 1):
+        if step in before:
+            continue
+        seed = f"seed {schedule.seed}, " if len(schedules) > 1 else ""
+        lines.append(f"\n# {seed}{place}/{len(schedule.steps)} {step.name}")
         if step.command[0] == "report":
             lines.append(
                 f"# left out, it needs the record of illume schedule: illume {shlex.join(step.command)}"
@@ -63,7 +85,18 @@ def shell_script(
             continue
         lines.append(write(step, launcher, previous))
         previous = step.name
-    return "\n".join(lines) + "\n"
+        if several and step in later:
+            lines.append("shared=$previous")
+    return [*lines, "ends=${ends:+$ends:}$previous"] if several and previous else lines
+
+
+def _table(command: str, kind: Kind) -> str:
+    if kind == "torchrun":
+        return f'[ "$NODE_RANK" != 0 ] || {command}'
+    if kind == "slurm":
+        wrapped = shlex.quote(f"srun {command}")
+        return f'submit table --dependency="afterok:$ends" "${{OTHER[@]}}" --wrap {wrapped}'
+    return command
 
 
 def _plain(step: Step, launcher: Sequence[str], previous: str) -> str:

@@ -12,6 +12,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from illume_lightning.interpolation import forbid_environment
+
 COMMANDS = ("prepare", "fit", "validate", "evaluate", "report", "generate", "export")
 SEEDED = ("fit", "validate")
 """Commands of one YAML, whose run's folder is named by the seed."""
@@ -219,6 +221,7 @@ def _check_configuration(step: Step, where: str) -> None:
 
 def _resolved(content: Any, where: str) -> dict[str, Any]:
     """The content with every `${}` replaced; ValueError if one stands for nothing."""
+    forbid_environment()
     try:
         found = OmegaConf.to_container(content, resolve=True)
     except OmegaConfBaseException as error:

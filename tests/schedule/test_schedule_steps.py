@@ -116,3 +116,61 @@ def test_shipped_schedules(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, step in enumerate(schedule.steps[first + 1 :], first + 1):
         if step.command[0] not in begins:
             assert step.mentioned([earlier.output for earlier in schedule.steps[:number]]), step.name
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        *(
+            "rm -rf /",
+            "sh -c 'touch mark'",
+            "/bin/sh",
+            "../illume fit",
+            "python -c 'import os'",
+            "; touch mark",
+            "$(touch mark)",
+        ),
+        *(
+            "schedule other.yaml",
+            "app runs/x --host 0.0.0.0",
+            "doctor",
+            "parity .",
+            "consolidate a b",
+            "FIT -c x",
+            "-c fit",
+        ),
+        *(["sh", "-c", "touch mark"], [["fit"]], 7, "'fit", "\n", "\x00"),
+    ],
+)
+def test_a_step_is_one_of_a_few_commands(world: Path, run: object) -> None:
+    content = {"world": "toys", "steps": [{"name": "a", "run": run, "output": "data/a"}]}
+    (world / "evil.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(
+        ValueError, match=r"run is .* it must begin with one of prepare|no command line"
+    ) as error:
+        read_schedule(world / "evil.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_words_of_a_command_are_words(world: Path) -> None:
+    run = "prepare shapes 'data/a; touch mark' $(touch mark) `touch mark` | tee > mark && touch mark"
+    content = {"world": "toys", "steps": [{"name": "a", "run": run, "output": "data/a"}]}
+    (world / "evil.yaml").write_text(yaml.safe_dump(content))
+    (step,) = read_schedule(world / "evil.yaml").steps
+    assert step.command[:5] == ("prepare", "shapes", "data/a; touch mark", "$(touch", "mark)")
+
+
+def test_a_schedule_reads_nothing_of_the_environment(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    content = {
+        "world": "toys",
+        "steps": [{"name": "a", "run": "prepare x ${oc.env:SECRET_TOKEN}", "output": "a"}],
+    }
+    (world / "evil.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="environment variables would be saved") as error:
+        read_schedule(world / "evil.yaml")
+    assert "hunter2" not in str(error.value) and "\n" not in str(error.value)
+    (world / "evil.yaml").write_text("world: !!python/object/apply:os.system ['touch mark']")
+    with pytest.raises(ValueError, match="can't be read"):
+        read_schedule(world / "evil.yaml")
+    assert not (world / "mark").exists()

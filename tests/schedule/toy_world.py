@@ -18,6 +18,12 @@ STEPS: list[dict[str, Any]] = [
     {"name": "tokenizer", "run": "fit -c tokenizer.yaml", "output": TOKENIZER},
     {"name": "scores", "run": ["evaluate", TOKENIZER], "output": f"{TOKENIZER}/scores"},
 ]
+SHARED: list[dict[str, Any]] = [
+    STEPS[0],
+    {**STEPS[1], "run": "fit -c encoder.yaml --seed_everything 0", "output": "runs/toy/encoder/seed0"},
+    *STEPS[2:],
+]
+"""The same with one encoder for all seeds."""
 
 
 def write_world(folder: Path, steps: list[dict[str, Any]] = STEPS) -> Path:
@@ -32,6 +38,14 @@ def write_world(folder: Path, steps: list[dict[str, Any]] = STEPS) -> Path:
     run("encoder", "data/toy/train/manifest.json")
     run("tokenizer", "runs/toy/encoder/seed${seed_everything}/checkpoints/last.ckpt")
     (folder / "schedule.yaml").write_text(yaml.safe_dump({"world": "toy", "steps": steps}))
+    return folder
+
+
+def write_shared_world(folder: Path) -> Path:
+    """A world whose seeds share pictures and encoder; returns the folder."""
+    write_world(folder, SHARED)
+    edit(folder / "encoder.yaml", steps=12)
+    edit(folder / "tokenizer.yaml", steps=12, inputs=["runs/toy/encoder/seed0/checkpoints/last.ckpt"])
     return folder
 
 

@@ -16,6 +16,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from illume_lightning import commands
+from illume_lightning.releases import refuse_compromised
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
@@ -35,11 +36,12 @@ IMPORTERS = {
     "latents": "illume_lightning.lit.prepare_latents:prepare_latents",
     "tokens": "illume_lightning.lit.prepare_tokens:prepare_tokens",
     "merge": "illume_lightning.data.writer:merge_shards",
+    "check": "illume_lightning.data.check:check_stores",
 }
 """What `illume prepare` calls."""
 OWN_COMMANDS = (
     *("prepare", "plan", "schedule", "generate", "export", "app", "evaluate", "report"),
-    *("consolidate", "parity", "doctor"),
+    *("reproduce", "consolidate", "parity", "doctor"),
 )
 
 USAGE = """\
@@ -59,6 +61,7 @@ Data
                                  what a trained DualViTok makes of a store, for the diffusion decoder or the MLLM
   prepare ... --shard I/N        any of these by N jobs, I from 0, on any machines with one shared folder
   prepare merge OUT              then joins what they wrote: the same store as of one job
+  prepare check STORE            reads every byte of a store and compares it with what was written
 
 Training (LightningCLI; one YAML is one run)
   fit -c FILE.yaml               train; started again, it continues where it stopped
@@ -68,6 +71,7 @@ Training (LightningCLI; one YAML is one run)
   plan FILE.yaml... --devices N --device h100|a100|910b|...
                                  memory, days and cost of a run, before anything is rented
   schedule FILE.yaml [--dry-run] every step from data to scores in one command; started again, it continues
+  schedule FILE.yaml --seeds N... all of it with each seed, then a table of mean and deviation of the scores
 
 Use
   generate RUN OUT PROMPT...     pictures of prompts, by a trained MLLM
@@ -82,9 +86,11 @@ Use
   report RUN... [--out FOLDER]   scores of several runs side by side, mean and deviation over their seeds
 
 Checks
+  reproduce RUN [-- FLAGS]       do a recorded run again, and say whether metrics and weights come out equal
   consolidate FOLDER FILE        one checkpoint file of a sharded one
   parity DIR [--device DEVICE]   compare with recorded tensors of the official model
   doctor                         versions, devices, caches, and what is missing
+  doctor RUN                     reads a run's checkpoints in full: which are whole, and which `fit` goes on from
 
 `illume COMMAND --help` tells more. `--traceback` anywhere shows where an error came from.
 """
@@ -130,6 +136,9 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("illume_lightning", "callbacks"):
         logging.getLogger(package).setLevel(logging.INFO)
+    # Nothing that was not asked for goes over the network.
+    for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("GRADIO_ANALYTICS_ENABLED", "False")):
+        os.environ.setdefault(name, value)
     # An NPU's backend is loaded where it is used, and says there what it misses; torch would end in a traceback.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
@@ -142,6 +151,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(command: str, rest: list[str]) -> None:
+    if command != "doctor":  # which says so among all the rest
+        refuse_compromised()
     if command in RUN_COMMANDS:
         if rest == [] or rest[0] in ("-h", "--help"):
             sys.stdout.write(RUN_USAGE.format(command=command, what=WHAT[command]))
@@ -200,6 +211,11 @@ def _as_options(command: str, rest: list[str]) -> list[str]:
     if command == "report":
         count = _num_places(rest)
         return ["--folders", json.dumps(rest[:count]), *rest[count:]] if count else rest
+    if command == "reproduce" and "--" in rest:
+        place = rest.index("--")
+        return [*rest[:place], "--flags", json.dumps(rest[place + 1 :])]
+    if command == "doctor" and _num_places(rest):  # which needs none
+        return ["--run", *rest]
     if command == "evaluate":  # it wants a value of everything
         return ["--again=true" if argument == "--again" else argument for argument in rest]
     return rest
@@ -247,7 +263,7 @@ def _user_errors(command: str) -> tuple[type[BaseException], ...]:
         FloatingPointError,
         ArgumentError,
     )
-    if command in RUN_COMMANDS and "lightning" in sys.modules:
+    if command in (*RUN_COMMANDS, "reproduce") and "lightning" in sys.modules:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
         errors += (MisconfigurationException,)
@@ -256,7 +272,7 @@ def _user_errors(command: str) -> tuple[type[BaseException], ...]:
 
 _HEADING = re.compile(
     r"(- )?(Parser key|Does not validate|Subtypes:|Errors:|Given value|Problem with given class_path"
-    r"|Expected a <class 'NoneType'>)"
+    r"|Expected a <class 'NoneType'>|Expected a path but)"
 )
 
 
@@ -271,6 +287,10 @@ def _one_line(error: BaseException) -> str:
     given = next((line for line in lines if line.startswith("Given value:")), None)
     if given is not None and "Got value" not in message and "NestedArg" not in given:
         message += f". {given}"
+    if "illume_lightning.lit.class_paths" in sys.modules:
+        from illume_lightning.lit.class_paths import explained
+
+        message = explained(message)
     message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
     message = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", message)
     return f"{'.'.join(keys)}: {message}" if keys else message

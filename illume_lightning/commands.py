@@ -223,6 +223,8 @@ def report(folders: list[str], out: str | None = None) -> None:
     """
     from illume_lightning.report.seeds import find_scores
 
+    if not folders:
+        raise ValueError("no folder was given: name a schedule's, or those of evaluated runs")
     if len(folders) > 1 or find_scores(Path(folders[0])) is not None:
         from illume_lightning.report.seed_tables import write_seeds
 
@@ -285,10 +287,50 @@ def plan(
         write_json(found, json)
 
 
+def reproduce(
+    run: str, out: str | None = None, tolerance: float = 1e-5, flags: list[str] | None = None
+) -> None:
+    """Do a recorded run again, and say whether it comes out equal: `illume reproduce RUN [OPTIONS] [-- FLAGS of fit]`.
+
+    First the stores, checkpoints and tokenizers that it was made from are held against the record, then it is trained
+    in another folder, from the present one, and its metrics and weights are compared. Killed and given again, it goes
+    on. Exit status is 1 if anything differs by more than the tolerance.
+
+    Args:
+        run: folder of a run of `illume fit`, or one with its run.json and metrics.csv; it stays as it is.
+        out: folder of the new run; by default the recorded one with -reproduced behind it.
+        tolerance: largest relative difference of runs that are called equal.
+        flags: of `illume fit`, written after --, such as --trainer.max_steps 20 to compare the first 20 steps alone.
+    """
+    from illume_lightning.lit import npu
+
+    npu.check_installation()
+    from callbacks import ResolutionCurriculum
+    from illume_lightning.lit.cli import IllumeCLI
+    from illume_lightning.reproduction.run import reproduce as do_again
+
+    def fit(words: list[str]) -> None:
+        # With several devices Lightning starts the others with the words that this process was started with.
+        given, sys.argv = sys.argv, [sys.argv[0], *words]
+        try:
+            IllumeCLI.run(words, ResolutionCurriculum)
+        finally:
+            sys.argv = given
+
+    def say(line: str) -> None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    verdict = do_again(run, fit, say, out, tolerance, flags or ())
+    say(verdict.text)
+    if not verdict.is_same:
+        raise SystemExit(1)
+
+
 def consolidate(folder: str, file: str) -> None:
     """Write one checkpoint file of a folder that FSDP2's devices wrote together.
 
-    Needs the memory of the whole checkpoint. Take folders that you trust: torch unpickles their optimizer groups.
+    Needs the memory of the whole checkpoint.
 
     Args:
         folder: sharded checkpoint, such as RUN/checkpoints/last.ckpt of a run with strategy fsdp2_sharded.
@@ -315,8 +357,21 @@ def parity(directory: str, device: str = "cpu") -> None:
         raise SystemExit(1)
 
 
-def doctor() -> None:
-    """Print versions, devices, caches, and what is missing with the way to get it."""
+def doctor(run: str | None = None) -> None:
+    """Print versions, devices, caches, and what is missing with the way to get it; or whether a run is in order.
+
+    Args:
+        run: folder of a run, written after doctor: its checkpoints are read in full, and exit status is 1 if something
+            is wrong.
+    """
+    if run is not None:
+        from illume_lightning.run_check import check_run
+
+        text, is_well = check_run(run)
+        sys.stdout.write(text)
+        if not is_well:
+            raise SystemExit(1)
+        return
     from illume_lightning.doctor import report
 
     sys.stdout.write(report())

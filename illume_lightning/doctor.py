@@ -7,6 +7,8 @@ import platform
 import shutil
 from pathlib import Path
 
+from illume_lightning.releases import is_compromised
+
 PACKAGES = (
     "illume-lightning",
     "torch",
@@ -31,7 +33,6 @@ OPTIONAL = {
     "gradio": ("the web page", "pip install 'illume-lightning[app]'"),
     "torch_npu": ("Ascend NPUs", "install CANN, then pip install 'illume-lightning[npu]'"),
 }
-COMPROMISED = {"lightning": ("2.6.2", "2.6.3")}
 
 
 def report() -> str:
@@ -54,15 +55,24 @@ def _broken_torch(error: BaseException) -> list[str]:
     return lines
 
 
-def _versions() -> list[str]:
-    lines = [f"Python {platform.python_version()} on {platform.platform()}"]
+def versions() -> dict[str, str | None]:
+    """Version of every package that this one is built on; none of one that is missing."""
+    found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
-            version = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _versions() -> list[str]:
+    lines = [f"Python {platform.python_version()} on {platform.platform()}"]
+    for package, version in versions().items():
+        if version is None:
             lines.append(f"  {package:18} MISSING: make setup")
             continue
-        bad = version in COMPROMISED.get(package, ())
+        bad = is_compromised(package, version)
         lines.append(f"  {package:18} {version}{'  COMPROMISED RELEASE: upgrade at once' if bad else ''}")
     return lines
 
@@ -86,9 +96,9 @@ def _devices() -> list[str]:
 
 
 def _npus() -> list[str]:
-    from illume_lightning.lit import npu
-
     try:
+        from illume_lightning.lit import npu
+
         module, number = npu.load(), npu.count()
     except (ImportError, ValueError) as error:
         return [f"  npu: none; {error}"]

@@ -6,8 +6,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("the same each time", derandomize=True, deadline=None)
+settings.load_profile("the same each time")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Modules of these tests whose classes configurations may name.
+os.environ["ILLUME_ALLOW"] = "tiny,tiny_mllm,test_export,test_evaluate"
 
 
 @pytest.fixture(autouse=True)

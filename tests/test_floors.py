@@ -19,7 +19,8 @@ SCHEDULE = ("illume_lightning.schedule",)
 REPORT = ("illume_lightning.report",)
 BUDGET = ("illume_lightning.budget",)
 SIDE_BY_SIDE = (*EVALUATION, *BENCHMARKS, *APP, *SCHEDULE, *REPORT, *BUDGET)
-TOP = ("callbacks", "illume_lightning.commands", "cli")
+REPRODUCTION = ("illume_lightning.reproduction",)
+TOP = ("callbacks", *REPRODUCTION, "illume_lightning.commands", "cli")
 WITHOUT_TORCH = (
     "torch",
     "lightning",
@@ -82,8 +83,14 @@ FORBIDDEN_IMPORTS = {
         *REPORT,
         *TOP,
     ),
+    "illume_lightning/reproduction": (
+        "gradio",
+        *SIDE_BY_SIDE,
+        *("callbacks", "illume_lightning.commands", "cli"),
+    ),
     "callbacks": (
         "gradio",
+        *REPRODUCTION,
         *BENCHMARKS,
         *APP,
         *SCHEDULE,
@@ -98,12 +105,18 @@ STANDARD_LIBRARY_ONLY = (
     "illume_lightning/vocabulary.py",
     "illume_lightning/image_layout.py",
     "illume_lightning/grammar.py",
+    "illume_lightning/escaping.py",
 )
 
 FORBIDDEN_TEXT = {
     r"\.cuda\(": "devices come from the trainer",
     r"save_hyperparameters\(": "it would override the YAML on resume",
     r"weights_only=False": "checkpoints are never unpickled",
+    r"\btorch\.load\((?!.*weights_only=True)": "checkpoints are read by nn/plain_file.py",
+    r"\bpickle\.loads?\(|\bdill\b|\bjoblib\b|allow_pickle=True": "nothing is ever unpickled",
+    r"yaml\.(unsafe_|full_)?load(_all)?\((?!.*Loader=yaml\.BaseLoader)": "YAML is yaml.safe_load's",
+    r"shell=True|os\.(system|popen)\(": "no text becomes a command",
+    r"trust_remote_code": "no code comes with weights",
     r"\beval\(['\"\w]": "nothing is evaluated as code",
     r"except( Exception)?:": "errors are never swallowed",
 }

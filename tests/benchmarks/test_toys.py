@@ -38,6 +38,12 @@ def test_no_gpu_is_one_line(monkeypatch):
         ("gpu.py", ("--device", "cpu"), ("| dualvitok, 32 px, batch 4 |", "compile |", "| batch 32 |")),
         ("modules.py", ("--rounds", "1", "--steps", "2", "--threads", "1"), ("mllm_stage2 ", "target 1.05")),
         ("ddp.py", ("--rounds", "1", "--steps", "2"), ("mllm_stage2 ", "speed-up")),
+        ("checkpoints.py", ("--rounds", "1"), ("ours, no hash", "dualvitok ", "computed: share")),
+        (
+            "determinism.py",
+            ("--rounds", "2", "--steps", "2", "--threads", "1"),
+            ("dualvitok    warn", "mllm_stage2  true", "bit for bit"),
+        ),
     ],
 )
 def test_a_toy_runs_and_writes_nothing(benchmark, options, printed):

@@ -24,7 +24,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,6 +36,7 @@ from callbacks import ExactResume, PhaseProgressBar, ResolutionCurriculum, Throu
 from illume_lightning.data.schedule import Phase
 from illume_lightning.host_memory import keep_freed_memory
 from illume_lightning.lit.dualvitok import to_float
+from illume_lightning.lit.metrics_logger import MetricsLogger
 from illume_lightning.nn.draws import SampleDraws
 
 TARGET = 1.05
@@ -131,7 +132,7 @@ def module_seconds(name: str, args: argparse.Namespace) -> tuple[float, list[flo
     )
     callbacks = [ResolutionCurriculum([whole]), ExactResume(), Throughput(), PhaseProgressBar(), losses]
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # the progress bar
-        loggers = [TensorBoardLogger(folder, "", ""), CSVLogger(folder, "metrics")]
+        loggers = [TensorBoardLogger(folder, "", ""), MetricsLogger(folder, "metrics")]
         timing = train(
             part.module,
             part.batches(phase.micro_batch_size, steps),

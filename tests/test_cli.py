@@ -21,7 +21,8 @@ def test_help_needs_no_heavy_import(args: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["plan", "generate", "evaluate", "report", "schedule", "reproduce", "consolidate", "parity", "doctor"]
+    "command",
+    ["plan", "generate", "evaluate", "report", "schedule", "reproduce", "consolidate", "parity", "doctor"],
 )
 def test_help_of_our_own_commands(command: str) -> None:
     code = (

@@ -35,8 +35,11 @@ MARK = "seconds of a training step: "
 
 def work(args: argparse.Namespace) -> None:
     """Train in this process, and by Lightning's launcher in one more; the first one prints the time."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(os.environ.get("LOCAL_RANK", "0")) % len(cores)]})
+    # The second process is a child of the first, and would be bound to its core.
+    cores = os.environ.setdefault(
+        "BENCHMARK_CORES", " ".join(map(str, sorted(os.sched_getaffinity(0))))
+    ).split()
+    os.sched_setaffinity(0, {int(cores[int(os.environ.get("LOCAL_RANK", "0")) % len(cores)])})
     torch.set_num_threads(1)
     keep_freed_memory()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

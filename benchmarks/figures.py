@@ -20,7 +20,9 @@ from illume_lightning.report import words  # noqa: E402
 from illume_lightning.report.seed_tables import write_seeds  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/shapes_recipe.md", "docs/claims.md")
+PAGES = ("README.md", "docs/shapes_recipe.md", "docs/claims.md", "docs/scaling.md")
+
+LIGHTNINGS = "Lightning's"
 
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 _WIDTH = 120
@@ -360,6 +362,40 @@ def recipe_full() -> str:
     )
 
 
+def records() -> str:
+    """README: which runs have records, and what came out when they were done again."""
+    about = record("records/shapes/reproduced")
+    seconds = {name: record(f"records/shapes/{name}/run")["seconds"] for name in about["verdicts"]}
+    verdicts = "; ".join(
+        f"`{name}`, {words.duration(seconds[name])}: {verdict}" for name, verdict in about["verdicts"].items()
+    )
+    return fill(
+        f"Done again on {measured_on(about)}, commit {about['commit']}: {verdicts}. Another kind of processor rounds "
+        "otherwise; `reproduce` then says how far apart the runs are, and where first."
+    )
+
+
+def training() -> str:
+    """docs/scaling.md: what modules, a second process and checkpoints cost."""
+    modules, processes, checkpoints = record("modules"), record("ddp"), record("checkpoints")
+    overhead = ", ".join(f"{name} {found['ratio']:.2f}x" for name, found in measured_parts(modules))
+    speed_up = ", ".join(f"{name} {found['speed_up']:.2f}x" for name, found in measured_parts(processes))
+    seconds = {kind: min(found) for kind, found in checkpoints["seconds_per_gib"].items()}
+    return fill(
+        f"On {measured_on(modules, processes, checkpoints)}: a training step of a module under the Trainer against a bare "
+        f"loop of the same step, {overhead} (`{modules['command']}`); two processes of one core each against one, the same "
+        f"batch, {speed_up} (`{processes['command']}`); a GiB of checkpoint, on the disk and with its checksum, "
+        f"{seconds['ours']:.1f} s, of which the checksum {seconds['ours'] - seconds['ours, no hash']:.1f} s, against "
+        f"{seconds[LIGHTNINGS]:.1f} s of Lightning's, and in the background {seconds['background']:.1f} s that training "
+        f"waits for (`{checkpoints['command']}`)."
+    )
+
+
+def measured_parts(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The models that a record of several has figures of."""
+    return [(name, found[name]) for name in found["settings"]["parts"]]
+
+
 def claims() -> str:
     """docs/claims.md: the tables, once there are results of the claims' schedule."""
     found = {
@@ -458,7 +494,10 @@ def fill(text: str) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
-    for block in (demo, full, emoji, speed, training_memory, unet, decoder, recipe, recipe_full, claims)
+    for block in (
+        *(demo, full, emoji, speed, training_memory, unet, decoder, records),
+        *(recipe, recipe_full, claims, training),
+    )
 }
 
 

@@ -381,13 +381,14 @@ def training() -> str:
     overhead = ", ".join(f"{name} {found['ratio']:.2f}x" for name, found in measured_parts(modules))
     speed_up = ", ".join(f"{name} {found['speed_up']:.2f}x" for name, found in measured_parts(processes))
     seconds = {kind: min(found) for kind, found in checkpoints["seconds_per_gib"].items()}
+    hashing = seconds["ours"] - seconds["ours, no hash"]
     return fill(
-        f"On {measured_on(modules, processes, checkpoints)}: a training step of a module under the Trainer against a bare "
-        f"loop of the same step, {overhead} (`{modules['command']}`); two processes of one core each against one, the same "
-        f"batch, {speed_up} (`{processes['command']}`); a GiB of checkpoint, on the disk and with its checksum, "
-        f"{seconds['ours']:.1f} s, of which the checksum {seconds['ours'] - seconds['ours, no hash']:.1f} s, against "
-        f"{seconds[LIGHTNINGS]:.1f} s of Lightning's, and in the background {seconds['background']:.1f} s that training "
-        f"waits for (`{checkpoints['command']}`)."
+        f"On {measured_on(modules, processes, checkpoints)}: a training step of a module under the Trainer against a "
+        f"bare loop of the same step, {overhead} (`{modules['command']}`); two processes of one core each against one, "
+        f"the same batch, {speed_up} (`{processes['command']}`); a GiB of checkpoint, on the disk and with its checksum, "
+        f"{seconds['ours']:.1f} s, of which the checksum {hashing:.1f} s, against {seconds[LIGHTNINGS]:.1f} s of "
+        f"Lightning's, and in the background {seconds['background']:.1f} s that training waits for "
+        f"(`{checkpoints['command']}`)."
     )
 
 

@@ -387,8 +387,8 @@ def training() -> str:
         f"bare loop of the same step, {overhead} (`{modules['command']}`); two processes of one core each against one, "
         f"the same batch, {speed_up} (`{processes['command']}`); a GiB of checkpoint, on the disk and with its "
         f"checksum, {seconds['ours']:.1f} s, of which the checksum {hashing:.1f} s, against "
-        f"{seconds[LIGHTNINGS]:.1f} s of Lightning's, and in the background {seconds['background']:.1f} s that training waits for "
-        f"(`{checkpoints['command']}`)."
+        f"{seconds[LIGHTNINGS]:.1f} s of Lightning's, and in the background {seconds['background']:.1f} s that "
+        f"training waits for (`{checkpoints['command']}`)."
     )
 
 
